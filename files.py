@@ -1,0 +1,339 @@
+"""How this project treats files and errors: atomic writes, append-and-flush journals, locks, one-line errors, exit codes.
+
+Everything here is ours and knows nothing of papers or models. Exit codes of every script (DESIGN): 0 done, 2 bad usage or input (UserError, nothing written),
+1 a fault at run time (RunError, a full disk: what was done is kept), 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+Command = TypeVar("Command")
+
+
+class UserError(Exception):
+    """Bad usage or input: exit 2. `what` names the file, line or setting; `mend` says what to do about it."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(f"{what}; {mend}")
+
+
+class RunError(UserError):
+    """A fault at run time (non-finite loss, a server gone): exit 1, everything done so far is kept."""
+
+    exit_code = 1
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no `except Exception` swallows it."""
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a script's `command` and turn every failure into one line on stderr and an exit code (see the module's first lines).
+
+    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback.
+    """
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        command()
+        return 0
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was done is kept", 130)
+    except Terminated:
+        return _fail("terminated; what was done is kept", 143)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}; {_mend_of(error)}", 1)
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _mend_of(error: OSError) -> str:
+    mends = {errno.ENOSPC: "free some disk space and run again", errno.EACCES: "check the permissions", errno.EROFS: "choose a writable folder"}
+    return mends.get(error.errno or 0, "mend that and run again")
+
+
+def parse_command_line(kind: type[Command], args: Sequence[str] | None, default: Command) -> Command:
+    """Command line -> a `kind` dataclass, by tyro. Its framed errors become our one line; `--help` prints and exits 0.
+
+    Args:
+        kind: the dataclass whose fields are the flags.
+        args: the words after the script's name; None means sys.argv's.
+        default: an instance that holds the defaults.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=args, default=default, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_first_words_of(box.getvalue()), f"see {Path(sys.argv[0]).name} --help") from None
+
+
+def _first_words_of(box: str) -> str:
+    """tyro's message without its frame, its advice and its line breaks."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("╭")), -1)
+    body = lines[start + 1 :]
+    end = next((i for i, line in enumerate(body) if line.startswith(("─", "╰"))), len(body))
+    return " ".join(body[:end]).rstrip(".") or "bad command line"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` (file or folder) to write to; it takes `path`'s place when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if partial.is_dir():
+            replace_folder(partial, path)
+        else:
+            with partial.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put folder `new` where folder `path` is or shall be. `restore_folder(path)` mends a kill between the two renames."""
+    old = _old_of(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second name."""
+    if not path.exists() and _old_of(path).exists():
+        _old_of(path).rename(path)
+
+
+def _old_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file atomically, UTF-8."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON atomically. NaN and infinity are refused: no other reader would take them."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file of ours.
+
+    Raises:
+        UserError: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "check the path") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})", "delete it or put back a good copy") from None
+
+
+class Journal:
+    """A JSONL file that grows by whole rows: each `append` is written and flushed at once, so that a kill loses at most the row being written.
+
+    Opening an existing journal drops a torn last line (no newline, or not JSON), which only a kill or a full disk can have left.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
+        """Open `path` for appending; existing rows for which `keep` is false are dropped (a resumed run drops rows after its checkpoint)."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            rows = [row for row in self.rows(path) if keep(row)]
+            write_text(path, "".join(self._line(row) for row in rows))
+        self._handle = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def rows(path: Path) -> list[dict[str, Any]]:
+        """All whole rows of a journal file."""
+        found = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                row = json.loads(line) if line.endswith("\n") else None
+                if isinstance(row, dict):
+                    found.append(row)
+        return found
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row and flush it."""
+        self._handle.write(self._line(row))
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file; rows are on disk already."""
+        self._handle.close()
+
+    @staticmethod
+    def _line(row: dict[str, Any]) -> str:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path` (a small side file) for this process alone; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent} is in use by another run", "wait for it or choose another output") from None
+        yield
+
+
+class RunFolder:
+    """The output folder of one run, from which a reader can always tell whether the run is finished.
+
+    A run works in `path` and is unfinished while UNFINISHED stands in it. Over a finished run the next one works in a hidden sibling and takes the place of the
+    old one when it is done, so that the old results stay whole until then.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        restore_folder(output)
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output-dir {output}: is a file", "name a folder")
+        if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
+            raise UserError(f"--output-dir {output}: holds files that are not a run's", "name another folder")
+        finished = (output / "settings.json").exists() and not (output / "UNFINISHED").exists()
+        self.path = output.with_name(f".{output.name}.next") if finished else output
+
+    def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]) -> None:
+        """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ).
+
+        Raises:
+            UserError: an unfinished run without `resume`, `resume` without an unfinished run, or changed settings (named).
+        """
+        mark, record = self.path / "UNFINISHED", self.path / "settings.json"
+        if resume:
+            if not mark.exists():
+                raise UserError(f"{self.output}: holds no unfinished run", "leave --resume out")
+            before = read_json(record)["settings"]
+            changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if key not in free and before.get(key) != value]
+            if changed:
+                raise UserError(f"{self.output}: cannot resume with changed settings ({'; '.join(changed)})", "use the same settings, or another --output-dir")
+        elif mark.exists():
+            raise UserError(f"{self.output}: holds an unfinished run", "continue it with --resume, or delete the folder or name another --output-dir")
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_json(record, {"settings": settings, **facts})
+            mark.write_text("This run has not ended. Continue it with --resume, or delete this folder.\n", encoding="utf-8")
+
+    def finish(self) -> None:
+        """Mark the run as finished, drop its checkpoints, and put it in the place of an earlier one."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        (self.path / "UNFINISHED").unlink()
+        if self.path != self.output:
+            replace_folder(self.path, self.output)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two steps; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def raise_received(self) -> None:
+        """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing came."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received == signal.SIGTERM:
+            raise Terminated
+
+
+def log_to_stderr(also: Path | None = None) -> None:
+    """Send the scripts' log to stderr, and to the file `also` (appended). Called by entry scripts only."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if also:
+        handlers.append(logging.FileHandler(also, encoding="utf-8"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def versions() -> dict[str, str | None]:
+    """What a result was made with: this code's commit, Python, the libraries that compute, and the processor."""
+    found: dict[str, str | None] = {"commit": _commit(), "python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
+    for name in ("torch", "transformers", "tokenizers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _commit() -> str | None:
+    """The git commit of this code with "+" after it if files were changed since; None outside a checkout."""
+    where = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")

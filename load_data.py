@@ -1,0 +1,293 @@
+"""Papers files, splits, summary pairs and batches: the only code that reads the papers format (README, "Data format").
+
+A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (unique), `title`, `abstract`, and optionally `summaries` (list of strings), `query`,
+`field`, `topic`, `source`. Unknown keys are kept in `extra`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import logging
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from files import UserError
+
+log = logging.getLogger(__name__)
+
+TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
+# A line longer than this is no paper: 16 MiB are some three million words.
+LONGEST_LINE = 16 * 2**20
+# Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
+SHINGLE_WORDS = 8
+SKETCH = 24
+NEAR_EQUAL = 0.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Paper:
+    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation (see `normalise`)."""
+
+    id: str
+    title: str = ""
+    abstract: str = ""
+    summaries: tuple[str, ...] = ()
+    query: str = ""
+    field: str = ""
+    topic: str = ""
+    source: str = ""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def as_row(self) -> dict[str, Any]:
+        """The JSON object of this paper: absent keys are left out, unknown ones kept."""
+        row: dict[str, Any] = {key: getattr(self, key) for key in TEXT_KEYS if getattr(self, key)}
+        if self.summaries:
+            row["summaries"] = list(self.summaries)
+        return row | self.extra
+
+
+def normalise(text: str) -> str:
+    """The form in which texts are compared for equality: NFKC, lower case, single spaces, no closing full stop."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
+
+
+def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool = False) -> Iterator[Paper]:
+    """Stream the papers of a file, plain or gzipped, each validated.
+
+    Args:
+        path: the papers file.
+        need: keys besides `id` that every paper must have, non-blank ("summaries" for training, "title" and "abstract" for the benchmark).
+        skip_invalid: leave bad lines out and log how many, instead of stopping at the first.
+
+    Raises:
+        UserError: no such file, not a papers file, or (without skip_invalid) a bad line; names file, line, key and mend.
+    """
+    seen: set[str] = set()
+    skipped, count = 0, 0
+    for number, line in _lines(Path(path)):
+        try:
+            paper = _parse(line, need)
+            if paper.id in seen:
+                raise _BadLine(f'id "{paper.id[:80]}" stands on an earlier line too', "give every paper its own id")
+        except _BadLine as bad:
+            if not skip_invalid:
+                raise UserError(f"{path}:{number}: {bad.what}", f"{bad.mend} (or leave bad lines out with --skip-invalid)") from None
+            skipped += 1
+            continue
+        seen.add(paper.id)
+        count += 1
+        yield paper
+    if skipped:
+        log.warning("%s: left out %d bad lines, kept %d papers", path, skipped, count)
+    if not count:
+        raise UserError(f"{path}: holds no papers", "give a JSONL file with one paper a line (README, Data format)")
+
+
+class _BadLine(Exception):
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(what)
+        self.what, self.mend = what, mend
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, raw line) of every non-blank line; gzip is told by its first two bytes, not by the name."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder", "name a papers file (README, Data format)")
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
+            number = 0
+            while line := stream.readline(LONGEST_LINE):
+                number += 1
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB", "give one paper a line")
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "check the path") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})", "copy or compress it again") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read", "check its permissions") from None
+
+
+def _parse(line: bytes, need: Collection[str]) -> Paper:
+    """One raw line -> Paper, or _BadLine."""
+    row = _json_object(line)
+    for key in TEXT_KEYS:
+        if not isinstance(row.get(key, ""), str):
+            raise _BadLine(f'key "{key}" is {_kind(row[key])}', "make it a string, or leave the key out")
+    summaries = row.get("summaries", [])
+    if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
+        raise _BadLine('key "summaries" is not a list of strings', "make it one")
+    for key in ("id", *need):
+        if key not in row:
+            raise _BadLine(f'key "{key}" is missing', "add it")
+        texts = row[key] if isinstance(row[key], list) else [row[key]]
+        if not texts or not all(text.strip() for text in texts):
+            raise _BadLine(f'key "{key}" is blank', "fill it or drop the paper")
+    distinct: dict[str, str] = {}
+    for text in summaries:
+        if text.strip():
+            distinct.setdefault(normalise(text), text)
+    extra = {key: value for key, value in row.items() if key not in TEXT_KEYS and key != "summaries"}
+    return Paper(summaries=tuple(distinct.values()), extra=extra, **{key: row[key] for key in TEXT_KEYS if key in row})
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    if b"\x00" in line:
+        raise _BadLine("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
+    try:
+        text = line.decode("utf-8-sig")
+        row = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError:
+        raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise _BadLine("holds half a surrogate pair", "write the character whole") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(f"is not JSON ({error})", "write one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise _BadLine(f"is {_kind(row)}, not a JSON object", "write one JSON object a line")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def split_validation(papers: list[Paper], share: float, most: int, seed: int) -> tuple[list[Paper], list[Paper]]:
+    """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers have one, else single papers.
+
+    About `share` of the papers are held out: at least two, at most `most` (or the topic that passes it). Which ones depends on `seed`, topics and ids alone,
+    not on the file's order.
+
+    Raises:
+        UserError: too few papers to leave two on both sides.
+    """
+    wanted = max(2, min(most, round(share * len(papers))))
+    held: set[str] = set()
+    for by_topic in (True, False):  # by paper if the topics cannot be parted
+        groups: dict[str, list[str]] = {}
+        for paper in papers:
+            key = f"{paper.field}\n{paper.topic}" if by_topic and paper.topic else paper.id
+            groups.setdefault(key, []).append(paper.id)
+        for key in sorted(groups, key=lambda key: zlib.crc32(repr((seed, key)).encode())):
+            if len(held) < wanted and len(held) + len(groups[key]) <= len(papers) - 2:
+                held.update(groups[key])
+        if len(held) >= 2:
+            return [p for p in papers if p.id not in held], [p for p in papers if p.id in held]
+    raise UserError(f"{len(papers)} papers with two different summaries are too few to train and validate on", "give at least four papers")
+
+
+def steps_per_epoch(papers: int, batch_size: int) -> int:
+    """Batches that visit `papers` papers once; an incomplete last batch is left to the next epoch's shuffle."""
+    return max(1, papers // batch_size)
+
+
+def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> list[tuple[str, str]]:
+    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of it drawn at random.
+
+    A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run sees the same batches. `step` counts from 0.
+    """
+    epoch, place = divmod(step, steps_per_epoch(len(papers), batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(papers))
+    chosen = order[place * batch_size : (place + 1) * batch_size]
+    draw = np.random.default_rng([seed, epoch, place + 1])
+    return [_draw_pair(papers[i].summaries, draw) for i in chosen]
+
+
+def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator) -> tuple[str, str]:
+    first, second = draw.choice(len(summaries), size=2, replace=False)
+    return summaries[first], summaries[second]
+
+
+def sketch(text: str) -> list[int]:
+    """The smallest hashes of a text's word 8-grams, at most SKETCH of them: two texts share about as large a part of these as of all their 8-grams."""
+    words = re.findall(r"\w+", normalise(text))
+    grams = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))} if words else set()
+    return sorted({zlib.crc32(gram.encode()) for gram in grams})[:SKETCH]
+
+
+class SeenPapers:
+    """Finds papers that stand in a given collection already: by id, normalised title, or near-equal abstract (half of the sketch shared)."""
+
+    def __init__(self, papers: Iterable[Paper] = ()) -> None:
+        self.ids: set[str] = set()
+        self.titles: set[str] = set()
+        self.owners: dict[int, int] = {}  # hash of an 8-gram -> number of the first abstract that held it
+        self.sizes: list[int] = []
+        for paper in papers:
+            self.add(paper)
+
+    def add(self, paper: Paper) -> None:
+        """Take one more paper into the collection."""
+        self.ids.add(paper.id)
+        if paper.title.strip():
+            self.titles.add(normalise(paper.title))
+        hashes = sketch(paper.abstract)
+        for value in hashes:
+            self.owners.setdefault(value, len(self.sizes))
+        self.sizes.append(len(hashes))
+
+    def reason(self, paper: Paper) -> str | None:
+        """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it does not."""
+        if paper.id in self.ids:
+            return "id"
+        if paper.title.strip() and normalise(paper.title) in self.titles:
+            return "title"
+        hashes = sketch(paper.abstract)
+        shared = Counter(self.owners[value] for value in hashes if value in self.owners)
+        near = any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
+        return "abstract" if near else None
+
+
+def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
+    """(papers that are not in `seen`, how many were dropped for which reason)."""
+    kept: list[Paper] = []
+    dropped: Counter[str] = Counter()
+    for paper in papers:
+        reason = seen.reason(paper)
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(paper)
+    return kept, dropped
+
+
+def trainable(papers: Iterable[Paper]) -> list[Paper]:
+    """Papers with at least two different summaries; the others are logged by number."""
+    papers = list(papers)
+    kept = [paper for paper in papers if len(paper.summaries) >= 2]
+    if len(kept) < len(papers):
+        log.info("left out %d papers with fewer than two different summaries", len(papers) - len(kept))
+    return kept
+
+
+def halves(abstract: str) -> tuple[str, str] | None:
+    """Cut an abstract in two after a sentence end (`.`, `!` or `?` before white space), as close to half of its characters as possible.
+
+    The earlier place wins a tie; the white space at the cut is dropped. None where there is no such place. The paper's own rule is unknown; this is ours.
+    """
+    text = abstract.strip()
+    places = [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]
+    if not places:
+        return None
+    start, end = min(places, key=lambda place: abs(place[0] - len(text) / 2))
+    return text[:start], text[end:]

@@ -1,0 +1,320 @@
+"""The semantic benchmark: title-abstract matching, abstract segments, query matching and clustering, for any model; and the Perf score over several.
+
+The protocol is written in README ("Benchmark protocol"): what the paper leaves open is our definition there. Usage:
+    python semantic_benchmark.py --model runs/quickstart-euclidean/model --model all-MiniLM-L6-v2 --eval-file data/sample_test.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import files
+from files import UserError
+from load_data import Paper, halves, read_papers
+from settings import Device, Metric, Pooling, Settings
+
+if TYPE_CHECKING:
+    from encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+TASKS = ("title_abstract", "abstract_segments", "query", "clustering")
+NEIGHBOURS = 10  # k of the clustering task
+RESAMPLES = 1_000  # of the bootstrap
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's scores: `report` is what benchmark.json holds, `per_paper` a rank or purity for each paper (NaN where the task left it out)."""
+
+    report: dict[str, Any]
+    per_paper: dict[str, Values]
+
+
+def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
+    """The papers of an evaluation file: all have title and abstract, and there are at least two.
+
+    Raises:
+        UserError: see `load_data.read_papers`.
+    """
+    papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
+    if len(papers) < 2:
+        raise UserError(f"{path}: holds one paper only", "ranks need at least two")
+    return papers
+
+
+def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") -> Evaluation:
+    """Score one model on the four tasks. Abstracts are embedded once and shared by three of them.
+
+    Args:
+        encoder: the model, used as its `usage` says.
+        papers: with title and abstract; `query` and `field` where known.
+        seed: of the bootstrap and of the order in which exactly equal neighbours are taken.
+        label: name on the progress bars; empty for none.
+    """
+    embed = _Embedder(encoder, label)
+    segments = [halves(paper.abstract) for paper in papers]
+    whole = [i for i, pair in enumerate(segments) if pair]
+    asked = [i for i, paper in enumerate(papers) if paper.query.strip()]
+    started = time.perf_counter()
+    abstracts = embed.documents([paper.abstract for paper in papers], "abstracts")
+    titles = embed.queries([paper.title for paper in papers], "titles")
+    first = embed.documents([pair[0] for pair in segments if pair], "first halves")
+    second = embed.documents([pair[1] for pair in segments if pair], "second halves")
+    queries = embed.queries([papers[i].query for i in asked], "queries")
+    embedded = time.perf_counter()
+    everything = list(range(len(papers)))
+    results = {
+        "title_abstract": _matching(titles, abstracts, everything, everything, encoder.usage.metric, len(papers)),
+        "abstract_segments": _matching(first, second, whole, list(range(len(whole))), encoder.usage.metric, len(papers)),
+        "query": _matching(queries, abstracts, asked, asked, encoder.usage.metric, len(papers)),
+        "clustering": _clustering(abstracts, [paper.field for paper in papers], encoder.usage.metric, seed),
+    }
+    tasks = {name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()}
+    tasks["abstract_segments"]["left_out"] = len(papers) - len(whole)
+    seconds = {"embedding": round(embedded - started, 3), "tasks": round(time.perf_counter() - embedded, 3)}
+    report = {"tasks": tasks, "n_papers": len(papers), "truncated_share": round(embed.cut / embed.texts, 6), "seconds": seconds}
+    return Evaluation(report, {name: values for name, (_, values) in results.items()})
+
+
+class _Embedder:
+    """Embeds texts in their role and keeps count of those cut."""
+
+    def __init__(self, encoder: Encoder, label: str) -> None:
+        self.encoder, self.label = encoder, label
+        self.cut = self.texts = 0
+
+    def documents(self, texts: list[str], what: str) -> Any:
+        return self._embed(texts, self.encoder.usage.document_prompt, what)
+
+    def queries(self, texts: list[str], what: str) -> Any:
+        return self._embed(texts, self.encoder.usage.query_prompt, what)
+
+    def _embed(self, texts: list[str], prompt: str, what: str) -> Any:
+        embedded = self.encoder.embed(texts, prompt, f"{self.label}: {what}" if self.label else "")
+        self.cut += embedded.cut
+        self.texts += len(texts)
+        return embedded.vectors
+
+
+def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[int], metric: Metric, papers: int) -> tuple[dict[str, Any], Values]:
+    """A ranking task: its scores, and each paper's rank (NaN for papers that are not queries). owners: the paper of each query; positives: its candidate."""
+    import torch
+
+    from similarity import ranks
+
+    per_paper = np.full(papers, np.nan)
+    pool = len(candidates)
+    if not len(queries) or pool < 2:
+        return {"reason": "no paper has the text this task needs" if not len(queries) else "fewer than two candidates"}, per_paper
+    found = ranks(queries, candidates, metric, torch.tensor(positives)).numpy()
+    per_paper[owners] = found
+    scores = {
+        "mean_rank": float(found.mean()),
+        "normalised_rank": float((found.mean() - 1) / (pool - 1)),
+        "median_rank": float(np.median(found)),
+        "mrr": float((1 / found).mean()),
+        "recall_at_1": float((found <= 1).mean()),
+        "recall_at_10": float((found <= 10).mean()),
+        "n": len(found),
+        "pool": pool,
+    }
+    return scores, per_paper
+
+
+def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int) -> tuple[dict[str, Any], Values]:
+    """Mean share of a paper's k nearest labelled papers that have its field.
+
+    The papers are visited in a seeded random order, so that exactly equal distances (a collapsed model) bring chance, not the file's order.
+    """
+    import torch
+
+    from similarity import nearest
+
+    per_paper = np.full(len(fields), np.nan)
+    labelled = np.array([i for i, name in enumerate(fields) if name.strip()], dtype=np.int64)
+    labelled = labelled[np.random.default_rng(seed).permutation(len(labelled))]
+    sizes = Counter(fields[i] for i in labelled)
+    query_places = [place for place, i in enumerate(labelled) if sizes[fields[i]] > NEIGHBOURS]
+    if not query_places:
+        return {"reason": f"no field has more than {NEIGHBOURS} papers"}, per_paper
+    vectors, places = abstracts[torch.from_numpy(labelled)], torch.tensor(query_places)
+    _, neighbours = nearest(vectors[places], vectors, NEIGHBOURS, metric, excluded=places)
+    names = np.array([fields[i] for i in labelled])
+    same = names[neighbours.numpy()] == names[query_places][:, None]
+    per_paper[labelled[query_places]] = same.mean(axis=1)
+    scores = {"purity": float(same.mean()), "k": NEIGHBOURS, "n": len(query_places), "left_out": len(labelled) - len(query_places), "pool": len(labelled)}
+    return scores, per_paper
+
+
+def _with_interval(name: str, task: dict[str, Any], values: Values, seed: int) -> dict[str, Any]:
+    """A task's scores with the bootstrap 95% interval of its main score, or null scores with the reason."""
+    if "reason" in task:
+        return {main_score(name): None, "reason": task["reason"]}
+    return task | {"ci95": list(bootstrap_interval(values[~np.isnan(values)], seed))}
+
+
+def main_score(task: str) -> str:
+    """The score that tables show of a task: "purity" (higher is better) or "mean_rank" (lower is better)."""
+    return "purity" if task == "clustering" else "mean_rank"
+
+
+def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
+    """Percentile 95% interval of the mean of `values` (n,), resampling them RESAMPLES times."""
+    draw = np.random.default_rng(seed)
+    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Perf of each model relative to the others: the mean over the four tasks of clip(1 - (x - best) / (2 (median - best)), 0, 1) [METHOD: inferred].
+
+    Args:
+        tables: model -> task -> main score (mean ranks, and purity for "clustering").
+
+    Returns:
+        model -> Perf in [0, 1]; None for every model if there are fewer than three, and for a model that lacks a task. Where the median equals the best,
+        the best model gets 1 and the others 0.
+    """
+    if len(tables) < 3:
+        return dict.fromkeys(tables, None)
+    columns = {task: [x for table in tables.values() if (x := table.get(task)) is not None] for task in TASKS}
+    perf: dict[str, float | None] = {}
+    for model, table in tables.items():
+        scores = [table.get(task) for task in TASKS]
+        complete = [_perf_of_task(task, x, columns[task]) for task, x in zip(TASKS, scores, strict=True) if x is not None]
+        perf[model] = statistics.fmean(complete) if len(complete) == len(TASKS) else None
+    return perf
+
+
+def _perf_of_task(task: str, x: float, column: list[float]) -> float:
+    best = max(column) if task == "clustering" else min(column)
+    median = statistics.median(column)
+    if median == best:
+        return float(x == best)
+    return min(1.0, max(0.0, 1 - 0.5 * (x - best) / (median - best)))
+
+
+def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, origins: Mapping[str, str], seed: int) -> dict[str, Any]:
+    """The object of benchmark.json for one model (README, "Benchmark protocol")."""
+    usage = dataclasses.asdict(encoder.usage)
+    head = {"model": encoder.name, "metric": usage["metric"], "pooling": usage["pooling"], "eval_file": eval_file}
+    return head | evaluation.report | {"settings": usage | {"read_from": dict(origins), "seed": seed}, "versions": files.versions()}
+
+
+def table_lines(named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float | None] | None = None) -> list[str]:
+    """A markdown table, one row a model: main scores with 95% intervals; the pools stand in the head."""
+    some = next(iter(named.values()))["tasks"]
+    heads = [_column_head(task, some[task]) for task in TASKS] + (["Perf"] if perf else [])
+    rows = [["", *heads]]
+    for name, result in named.items():
+        perf_cell = [_number(perf.get(name), 3)] if perf else []
+        rows.append([name, *(_cell(task, result["tasks"][task]) for task in TASKS), *perf_cell])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def _column_head(task: str, result: Mapping[str, Any]) -> str:
+    pool = f" (pool {result['pool']}" + (f", k {result['k']})" if "k" in result else ")") if "pool" in result else ""
+    return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
+
+
+def _cell(task: str, result: Mapping[str, Any]) -> str:
+    score, digits = result[main_score(task)], 3 if task == "clustering" else 2
+    if score is None:
+        return "no data"
+    return f"{_number(score, digits)} [{', '.join(_number(bound, digits) for bound in result['ci95'])}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def markdown(title: str, table: list[str], notes: list[str]) -> str:
+    """The text of benchmark.md."""
+    return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
+
+
+def notes_on(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of a table must know: data, sizes, left-out papers, missing tasks."""
+    tasks = report["tasks"]
+    notes = [f"{report['n_papers']} papers of {report['eval_file']}; mean ranks and purity with bootstrap 95% intervals over papers ({RESAMPLES} resamples)."]
+    notes += [f"{name}: no data, {task['reason']}." for name, task in tasks.items() if "reason" in task]
+    notes += [f"{name}: {task['left_out']} papers left out." for name, task in tasks.items() if task.get("left_out")]
+    return notes
+
+
+@dataclass(frozen=True)
+class Command:
+    """Score models on the four semantic tasks of an evaluation file."""
+
+    model: tuple[str, ...] = ()  # recipe name, Hub id, or folder; may be repeated
+    list_models: bool = False  # print the known recipes and stop
+    pooling: Pooling | None = None  # overrides the model's own pooling
+    metric: Metric | None = None  # overrides the model's own metric
+    max_length: int | None = None  # overrides the tokens kept of a text
+    eval_file: str = Settings.eval_file  # papers file with title and abstract; query and field where known
+    output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
+    skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
+    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
+    seed: int = 0  # of the bootstrap
+
+
+def run(command: Command) -> None:
+    """Evaluate every named model, print one table, write benchmark.json and benchmark.md."""
+    from baseline_models import RECIPES
+
+    if command.list_models:
+        print("\n".join(f"{name:<18} {recipe.hub_id:<42} {recipe.usage.pooling:<5} {recipe.usage.metric}" for name, recipe in RECIPES.items()))
+        return
+    if not command.model:
+        raise UserError("no model named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
+    if len(set(command.model)) < len(command.model):
+        raise UserError("a model is named twice", "name each --model once")
+    output = Path(command.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output-dir {output}: is a file", "name a folder")
+    papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
+    found = {name: _evaluate_named(name, command, papers) for name in command.model}
+    perf = perf_scores({name: {task: report["tasks"][task][main_score(task)] for task in TASKS} for name, report in found.items()})
+    whole = next(iter(found.values())) if len(found) == 1 else {"models": list(found.values()), "perf": perf}
+    table = table_lines(found, perf if len(found) > 2 else None)
+    print("\n".join(table))
+    files.write_json(output / "benchmark.json", whole)
+    files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes_on(next(iter(found.values())))))
+    log.info("wrote %s and benchmark.md", output / "benchmark.json")
+
+
+def _evaluate_named(name: str, command: Command, papers: list[Paper]) -> dict[str, Any]:
+    from baseline_models import Wanted, load_model
+
+    settings = Settings(device=command.device, trust_remote_code=command.trust_remote_code)
+    encoder, origins = load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
+    return describe(encoder, command.eval_file, evaluate(encoder, papers, command.seed, name), origins, command.seed)
+
+
+def main() -> None:
+    """The script: parse, then run."""
+    command = files.parse_command_line(Command, None, Command())
+    files.log_to_stderr()
+    run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(files.run_command(main))

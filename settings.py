@@ -1,0 +1,142 @@
+"""Every hyperparameter of the project, one line each. To switch the whole project between Euclidean distance and cosine, edit the line `metric`.
+
+Order of precedence: command-line flag > the chosen profile's block below > the default line. No profile sets `metric`. Functions elsewhere receive a `Settings`
+or plain values; nothing reads a global. [S] stated by the authors, [A] taken from the same group's other published code, [ours] our choice where the paper is
+silent (README, "Deviations and unknowns").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import files
+
+Metric = Literal["euclidean", "cosine"]
+Pooling = Literal["cls", "mean"]
+Loss = Literal["triplet", "infonce"]
+Profile = Literal["quickstart", "paper"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train an encoder on pairs of summaries and evaluate it on the four semantic tasks."""
+
+    metric: Metric = "euclidean"  # distance of loss, validation, benchmark and saved model [S: both are published]
+    profile: Profile = "quickstart"  # which block of differences below applies: quickstart (sample papers, CPU) or paper (full data, GPU)
+    # data
+    train_file: str = "data/sample_train.jsonl"  # papers file with summaries to train on
+    eval_file: str = "data/sample_test.jsonl"  # papers file to evaluate on; its papers are never trained on
+    output_dir: str = ""  # run folder; empty: runs/<profile>-<metric>
+    skip_invalid: bool = False  # count and log bad lines of a papers file instead of stopping at the first
+    validation_share: float = 0.1  # share of the training papers held out, whole topics where papers have one, to choose the checkpoint [ours]
+    validation_papers: int = 150  # at most so many papers are held out [A: 150 abstracts]
+    # encoder
+    encoder: str = "all-MiniLM-L6-v2"  # encoder to start from: recipe name, Hub id or folder
+    pooling: Pooling = "cls"  # text vector: first position's last hidden state, or the mean over real tokens [S: cls]
+    max_length: int = 512  # tokens kept of a text when embedding; saved with the model [ours]
+    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+    # contrastive training
+    loss: Loss = "triplet"  # triplet hinge over all in-batch negatives, or InfoNCE [S: triplet]
+    margin: float | None = None  # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.2 cosine [ours]
+    temperature: float | None = None  # InfoNCE temperature in units of the distance; None: 1.0 euclidean [ours], 0.07 cosine [A]
+    batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
+    max_steps: int = 40_000  # optimizer steps at most [A: 40 epochs of 1,000 batches]
+    learning_rate: float = 2e-5  # AdamW's peak learning rate [A]
+    weight_decay: float = 1e-4  # AdamW's weight decay [A]
+    warmup_steps: int = 0  # steps of linear learning-rate warm-up; constant afterwards [A: none]
+    clip_norm: float = 0.0  # gradient norm is cut to this; 0: no clipping [A: none]
+    train_max_length: int = 128  # tokens kept of a summary in training [A]
+    # running
+    validate_every: int = 1_000  # steps between validations; the best checkpoint is kept [A]
+    patience: int = 7  # validations without a better result before training stops early [A]
+    checkpoint_every: int = 1_000  # steps between checkpoints that --resume continues from [ours]
+    log_every: int = 50  # steps between rows of metrics.jsonl [ours]
+    seed: int = 0  # seed of batches, summary choice, dropout and bootstrap
+    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
+    precision: Precision = "auto"  # training arithmetic; auto: bf16 autocast where the hardware has it natively, else float32
+    resume: bool = False  # continue the unfinished run in the output folder
+
+
+PROFILES: dict[Profile, dict[str, Any]] = {
+    # Two minutes on two CPU cores, with what the repository brings.
+    "quickstart": {
+        "max_steps": 150,
+        "validate_every": 10,
+        "checkpoint_every": 50,
+        "log_every": 5,
+    },
+    # The published model's encoder and data size; needs a GPU, and the files that the README's stages make.
+    "paper": {
+        "encoder": "KISTI-AI/Scideberta-full",
+        "train_file": "data/train_summaries.jsonl.gz",
+        "eval_file": "data/scidocs.jsonl.gz",
+    },
+}
+
+MARGINS: dict[Metric, float] = {"euclidean": 1.0, "cosine": 0.2}
+TEMPERATURES: dict[Metric, float] = {"euclidean": 1.0, "cosine": 0.07}
+
+# Settings that may differ between a run and its continuation: they do not change what is computed.
+FREE_ON_RESUME = frozenset({"resume", "output_dir", "log_every", "skip_invalid"})
+
+
+def default_settings(profile: Profile) -> Settings:
+    """The default lines with a profile's block applied."""
+    return dataclasses.replace(Settings(profile=profile), **PROFILES[profile])
+
+
+def parse_settings(args: Sequence[str] | None = None) -> Settings:
+    """Command line -> Settings with every open choice filled in.
+
+    Raises:
+        files.UserError: an unknown flag or a value out of range.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    base = default_settings(_named_profile(words))
+    return complete(files.parse_command_line(Settings, words, base))
+
+
+def _named_profile(words: list[str]) -> Profile:
+    """The profile a command line names: its block must be applied before the flags are."""
+    named = Settings().profile
+    for i, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag == "--profile":
+            value = value or " ".join(words[i + 1 : i + 2])
+            named = next((profile for profile in PROFILES if profile == value), named)
+    return named
+
+
+def complete(settings: Settings) -> Settings:
+    """Fill in what depends on other settings (margin, temperature, output folder) and check every range.
+
+    Raises:
+        files.UserError: a value out of range.
+    """
+    settings = dataclasses.replace(
+        settings,
+        margin=MARGINS[settings.metric] if settings.margin is None else settings.margin,
+        temperature=TEMPERATURES[settings.metric] if settings.temperature is None else settings.temperature,
+        output_dir=settings.output_dir or f"runs/{settings.profile}-{settings.metric}",
+    )
+    at_least = {
+        "batch_size": 2, "max_steps": 1, "max_length": 3, "train_max_length": 3, "validate_every": 1, "patience": 1, "checkpoint_every": 1, "log_every": 1,
+        "validation_papers": 2, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0, "margin": 0, "seed": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        _check(name, getattr(settings, name) >= least, f"at least {least}")
+    for name in ("learning_rate", "temperature"):
+        _check(name, 0 < getattr(settings, name) < float("inf"), "positive")
+    _check("validation_share", 0 < settings.validation_share < 1, "between 0 and 1")
+    return settings
+
+
+def _check(name: str, good: bool, need: str) -> None:
+    if not good:
+        raise files.UserError(f"--{name.replace('_', '-')} is out of range", f"give a value that is {need}")

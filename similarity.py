@@ -1,0 +1,203 @@
+"""Distances, contrastive losses, exact ranks and neighbours: tensors in, tensors out. Nothing here knows of papers, models or files.
+
+Notation: a batch holds n pairs of texts; row i of `anchors` and row i of `positives` (n x d each) are two summaries of paper i. Every text of another paper in
+the batch is an in-batch negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from settings import Loss, Metric
+
+# Scores held at once by `ranks` and `nearest`: 2^24 float32 are 64 MiB, whatever the number of queries.
+BLOCK_SCORES = 2**24
+# Two float64 distances count as equal when they differ by less than this share: far above float64 rounding, far below any float32 difference.
+TIE = 1e-11
+
+
+def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
+    """All distances between rows: (n, d), (m, d) -> (n, m), none negative, exactly 0 between equal rows, with finite gradients there too.
+
+    Euclidean: L2 distance of the raw vectors. Cosine: 1 - cosine similarity, in [0, 2], computed as half the squared distance of the unit vectors, the same
+    number without the rounding that makes 1 - cos slightly negative. torch's cdist has gradient 0 where two rows are equal (a plain square root has NaN).
+    """
+    if metric == "cosine":
+        a, b = functional.normalize(a, dim=-1), functional.normalize(b, dim=-1)
+    plain = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return plain if metric == "euclidean" else plain.square() / 2
+
+
+@dataclass(frozen=True)
+class LossValues:
+    """A batch's loss (scalar with gradient) and what the log shows of it (floats without)."""
+
+    loss: Tensor
+    positive_distance: float
+    negative_distance: float
+    active_share: float  # triplet: share of hinges above zero; InfoNCE: share of anchors whose positive is not the nearest text
+
+
+def contrastive_loss(anchors: Tensor, positives: Tensor, metric: Metric, loss: Loss, margin: float, temperature: float) -> LossValues:
+    """The batch's loss over all 2n texts, both texts of a pair as anchors. anchors, positives: (n, d), n >= 2.
+
+    `margin` is in units of the metric's distance and used by "triplet"; `temperature` likewise and used by "infonce".
+    """
+    texts = torch.cat([anchors, positives])
+    n = len(anchors)
+    all_distances = distances(texts, texts, metric)
+    rows = torch.arange(2 * n, device=texts.device)
+    to_positive = all_distances[rows, (rows + n) % (2 * n)]
+    is_negative = (rows[:, None] - rows[None, :]) % n != 0  # another paper's text
+    if loss == "triplet":
+        value, active = _triplet(all_distances, to_positive, is_negative, margin)
+    else:
+        value, active = _info_nce(all_distances, to_positive, is_negative, temperature)
+    with torch.no_grad():
+        return LossValues(value, to_positive.mean().item(), all_distances[is_negative].mean().item(), active.item())
+
+
+def _triplet(all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """max(0, d(a, p) - d(a, n) + margin), plain mean over every (anchor, in-batch negative), zeros included [METHOD: analogue]."""
+    hinges = functional.relu(to_positive[:, None] - all_distances + margin)[is_negative]
+    return hinges.mean(), (hinges > 0).float().mean()
+
+
+def _info_nce(all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """-log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over negatives exp(-d(a, n) / t)) ), mean over the 2n anchors.
+
+    With the cosine distance this is the usual InfoNCE on cosine similarity: the constant 1 in 1 - cos cancels.
+    """
+    logits = (-all_distances / temperature).masked_fill(~is_negative, -torch.inf)
+    positive = -to_positive / temperature
+    everything = torch.logsumexp(torch.cat([positive[:, None], logits], dim=1), dim=1)
+    return (everything - positive).mean(), (logits.amax(dim=1) >= positive).float().mean()
+
+
+def spread(vectors: Tensor) -> float:
+    """Root mean squared distance to the mean vector over the root mean square length, in [0, 1]: near 0 means the embeddings have collapsed."""
+    vectors = vectors.detach().float()
+    centred = vectors - vectors.mean(dim=0)
+    return (centred.square().sum(dim=1).mean() / vectors.square().sum(dim=1).mean().clamp_min(1e-12)).sqrt().item()
+
+
+def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor | None = None, block_scores: int = BLOCK_SCORES) -> Tensor:
+    """Exact mid-rank of each query's own candidate: 1 + how many others are strictly closer + half of those equally close. Best 1, worst m.
+
+    Candidates are counted by float32 matrix product; those too near to the positive to be told apart in float32 are decided in float64. Memory is
+    O(block_scores), never n x m. The positive is excluded by index, so rounding cannot make it outrank itself.
+
+    Args:
+        queries: (n, d) float32.
+        candidates: (m, d) float32.
+        metric: which distance "closer" means.
+        positives: (n,) index of each query's own candidate; None means candidate i for query i.
+        block_scores: scores held in memory at once.
+
+    Returns:
+        (n,) float64.
+    """
+    positives = torch.arange(len(queries)) if positives is None else positives
+    scorer = _Scorer(queries, candidates, metric)
+    found = torch.empty(len(queries), dtype=torch.float64)
+    for start, score, doubt in scorer.blocks(block_scores):
+        rows = torch.arange(len(score))
+        own = positives[start : start + len(score)]
+        ahead = score - score[rows, own][:, None]  # > 0: closer than the positive, up to rounding
+        ahead[rows, own] = -torch.inf
+        closer = (ahead > doubt).sum(dim=1).double()
+        row, column = torch.nonzero(ahead.abs() <= doubt, as_tuple=True)
+        other = scorer.exact(row + start, column)
+        mine = scorer.exact(rows + start, own)[row]
+        tolerance = scorer.tolerance(row + start, column)
+        weight = (other < mine - tolerance).double() + ((other - mine).abs() <= tolerance).double() / 2
+        found[start : start + len(score)] = 1 + closer.index_add_(0, row, weight)
+    return found
+
+
+def nearest(
+    queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None, block_scores: int = BLOCK_SCORES
+) -> tuple[Tensor, Tensor]:
+    """The k nearest candidates of each query, exactly: float32 finds them with a safety margin, float64 orders them; equal distances stand in index order.
+
+    Args:
+        queries: (n, d) float32.
+        candidates: (m, d) float32.
+        k: neighbours wanted; at most m (m - 1 with `excluded`).
+        metric: the distance.
+        excluded: (n,) index of a candidate that may not be returned (the query itself), or None.
+        block_scores: scores held in memory at once.
+
+    Returns:
+        distances (n, k) float64 ascending and indices (n, k) int64.
+    """
+    scorer = _Scorer(queries, candidates, metric)
+    found_distances = torch.empty(len(queries), k, dtype=torch.float64)
+    found = torch.empty(len(queries), k, dtype=torch.int64)
+    for start, score, doubt in scorer.blocks(block_scores):
+        if excluded is not None:
+            score[torch.arange(len(score)), excluded[start : start + len(score)]] = -torch.inf
+        kth = score.topk(k, dim=1).values[:, -1:]
+        row, column = torch.nonzero(score >= kth - doubt, as_tuple=True)
+        exact = scorer.exact(row + start, column)
+        order = torch.argsort(exact, stable=True)  # columns ascend within a row already, so equal distances keep index order
+        order = order[torch.argsort(row[order], stable=True)]
+        counts = torch.bincount(row, minlength=len(score))
+        first = torch.cumsum(counts, 0) - counts
+        take = order[first[:, None] + torch.arange(k)]
+        found_distances[start : start + len(score)] = scorer.as_distance(exact[take])
+        found[start : start + len(score)] = column[take]
+    return found_distances, found
+
+
+class _Scorer:
+    """Scores (higher is closer) of queries against candidates by float32 matrix product, with a bound on their rounding, and exact float64 values on demand.
+
+    Euclidean score: q.c - |c|^2 / 2, which orders candidates as the distance does. Cosine score: q.c of the unit vectors.
+    """
+
+    def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
+        if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
+            raise ValueError("vectors hold NaN or infinity: they have no ranks")
+        self.metric = metric
+        self.raw = (queries.float(), candidates.float())
+        self.unit = metric == "cosine"
+        self.queries, self.candidates = (functional.normalize(v, dim=-1) for v in self.raw) if self.unit else self.raw
+        squares = [vectors.double().square().sum(dim=1) for vectors in (self.queries, self.candidates)]
+        self.squares = squares
+        self.half_squares = torch.zeros(len(candidates)) if self.unit else (squares[1] / 2).float()
+        longest = squares[1].max().sqrt() if len(candidates) else torch.zeros(())
+        # rounding of the difference of two scores: (d + 4) eps |q| |c| for each product, as much for each |c|^2 / 2
+        eps = torch.finfo(torch.float32).eps * (queries.shape[1] + 4)
+        self.doubts = (2 * eps * (squares[0].sqrt() * longest + longest.square())).float()[:, None]
+
+    def blocks(self, block_scores: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first query row, scores of some queries against all candidates, (rows, 1) bound on the rounding of a difference of two of a row's scores)."""
+        rows = max(1, block_scores // max(1, len(self.candidates)))
+        for start in range(0, len(self.queries), rows):
+            stop = start + rows
+            yield start, torch.addmm(-self.half_squares, self.queries[start:stop], self.candidates.T), self.doubts[start:stop]
+
+    def exact(self, row: Tensor, column: Tensor, chunk: int = 65_536) -> Tensor:
+        """(len(row),) float64: squared Euclidean distance or 1 - cosine of query row[j] and candidate column[j]."""
+        parts = [torch.empty(0, dtype=torch.float64)]
+        for start in range(0, len(row), chunk):
+            q = self.raw[0][row[start : start + chunk]].double()
+            c = self.raw[1][column[start : start + chunk]].double()
+            if self.unit:
+                q, c = functional.normalize(q, dim=-1), functional.normalize(c, dim=-1)
+            parts.append((q - c).square().sum(dim=1) / (2 if self.unit else 1))
+        return torch.cat(parts)
+
+    def tolerance(self, row: Tensor, column: Tensor) -> Tensor:
+        """(len(row),) differences of `exact` that are float64 rounding, not distance."""
+        return TIE * (self.squares[0][row] + self.squares[1][column])
+
+    def as_distance(self, exact: Tensor) -> Tensor:
+        """What `exact` returned, as a distance."""
+        return exact if self.unit else exact.sqrt()

@@ -1,0 +1,298 @@
+"""Contrastive training: pull two summaries of one abstract together, push summaries of other abstracts away.
+
+One step: a batch of papers, two different summaries of each (`load_data.batch_pairs`), pooled vectors of both (`encoder.Encoder.forward`), the triplet hinge or
+InfoNCE over all in-batch negatives (`similarity.contrastive_loss`), AdamW. Every `validate_every` steps the held-out papers' partner summaries are ranked; the
+weights with the best mean rank are kept. Killed at any time, a run continues from its last checkpoint with the same batches, dropout and results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import files
+from encoder import Encoder
+from files import Journal, RunError, StopSignal
+from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
+from settings import Precision, Settings
+from similarity import LossValues, contrastive_loss, ranks, spread
+
+log = logging.getLogger(__name__)
+
+EMA = 0.98  # weight of the past in the smoothed loss
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in every checkpoint."""
+
+    step: int = 0
+    loss_ema: float | None = None
+    best_step: int = 0
+    best_rank: float = math.inf  # validation: mean rank of the partner summary
+    best_loss: float = math.inf  # validation loss, which decides between equal ranks
+    validations_since_best: int = 0
+
+
+def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[list[Paper], list[Paper]]:
+    """(papers to train on, held-out papers to choose the checkpoint by), none of them in the evaluation file.
+
+    Raises:
+        UserError: see `load_data.read_papers` and `load_data.split_validation`.
+    """
+    papers, dropped = drop_seen(read_papers(settings.train_file, ("summaries",), settings.skip_invalid), SeenPapers(evaluation))
+    if dropped:
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
+        log.info("dropped %d training papers that stand in %s (%s)", dropped.total(), settings.eval_file, reasons)
+    train, held_out = split_validation(trainable(papers), settings.validation_share, settings.validation_papers, settings.seed)
+    log.info("%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out))
+    return train, held_out
+
+
+def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path) -> Progress:
+    """Train `encoder` in place; afterwards it holds the weights of the best validation.
+
+    Args:
+        encoder: the model to train, used as its `usage` says.
+        papers: to draw pairs from, each with at least two summaries.
+        held_out: for validation.
+        settings: see settings.py; `complete`.
+        folder: the run folder; gets metrics.jsonl and checkpoints/, and an unfinished run in it is continued.
+
+    Raises:
+        RunError: the loss is not finite; checkpoints so far are kept.
+        KeyboardInterrupt, files.Terminated: after a checkpoint of the last whole step was written.
+    """
+    trainer = _Trainer(encoder, papers, held_out, settings, folder)
+    trainer.load_latest()
+    with contextlib.closing(Journal(folder / "metrics.jsonl", keep=lambda row: row["step"] <= trainer.progress.step)) as metrics, StopSignal() as stop:
+        trainer.run(metrics, stop)
+        if stop.received is not None:
+            trainer.save()
+            log.info("stopped at step %d; --resume continues there", trainer.progress.step)
+            stop.raise_received()
+    trainer.load_best()
+    return trainer.progress
+
+
+class _Trainer:
+    """The model, its optimizer and the run's progress."""
+
+    def __init__(self, encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path) -> None:
+        self.encoder, self.papers, self.settings = encoder, papers, settings
+        self.checkpoints = folder / "checkpoints"
+        self.progress = Progress()
+        draw = np.random.default_rng([settings.seed, len(held_out)])
+        pairs = [draw.choice(len(paper.summaries), size=2, replace=False) for paper in held_out]
+        self.validation = [[paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)] for side in (0, 1)]
+        self.named = dict(encoder.model.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.bf16 = uses_bf16(settings.precision, encoder.device)
+        torch.manual_seed(settings.seed)
+        epoch = steps_per_epoch(len(papers), settings.batch_size)
+        log.info("training on %s in %s, %d steps an epoch", encoder.device, "bf16 autocast" if self.bf16 else "float32", epoch)
+
+    def run(self, metrics: Journal, stop: StopSignal) -> None:
+        """Steps until max_steps, the end of patience, or a stop signal."""
+        settings, progress = self.settings, self.progress
+        meter = _Meter()
+        if progress.step == 0:
+            self._validate(metrics)
+        with tqdm(total=settings.max_steps, initial=progress.step, desc="training", unit="step") as bar:
+            while progress.step < settings.max_steps and progress.validations_since_best < settings.patience and stop.received is None:
+                values, row = self._step(meter)
+                bar.update()
+                bar.set_postfix(loss=f"{progress.loss_ema:.4f}", rank=f"{progress.best_rank:.3f}", refresh=False)
+                if progress.step % settings.log_every == 0 or progress.step == settings.max_steps:
+                    metrics.append(self._row(values, row) | meter.read())
+                if progress.step % settings.validate_every == 0 or progress.step == settings.max_steps:
+                    self._validate(metrics)
+                if progress.step % settings.checkpoint_every == 0:
+                    self.save()
+        if progress.validations_since_best >= settings.patience:
+            log.info("stopped early at step %d: %d validations without a better one", progress.step, settings.patience)
+
+    def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
+        """One optimizer step on the pairs of step number `progress.step`."""
+        settings, progress = self.settings, self.progress
+        pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size)
+        ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], settings.train_max_length)
+        self.encoder.model.train()
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
+            vectors = self.encoder.forward(ids)
+        vectors = vectors.float()
+        values = self._loss(vectors[: len(pairs)], vectors[len(pairs) :])
+        values.loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.clip_norm or math.inf).item()
+        loss = values.loss.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunError(
+                f"step {progress.step + 1}: loss {loss}, gradient norm {norm}, not finite",
+                f"lower --learning-rate, or use --precision float32; checkpoints so far are in {self.checkpoints}",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, progress.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.loss_ema = loss if progress.loss_ema is None else EMA * progress.loss_ema + (1 - EMA) * loss
+        meter.count(len(pairs), sum(map(len, ids)))
+        return values, {"grad_norm": norm, "spread": spread(vectors)}
+
+    def _loss(self, anchors: Tensor, positives: Tensor) -> LossValues:
+        s = self.settings
+        assert s.margin is not None
+        assert s.temperature is not None
+        return contrastive_loss(anchors, positives, s.metric, s.loss, s.margin, s.temperature)
+
+    def _row(self, values: LossValues, more: dict[str, float]) -> dict[str, Any]:
+        """One row of metrics.jsonl, without the rates."""
+        return {
+            "step": self.progress.step,
+            "loss": values.loss.item(),
+            "loss_ema": self.progress.loss_ema,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "positive_distance": values.positive_distance,
+            "negative_distance": values.negative_distance,
+            "active_share": values.active_share,
+            **more,
+        }
+
+    def _validate(self, metrics: Journal) -> None:
+        """Rank each held-out paper's partner summary among the others', in both directions; keep the weights if that is the best so far."""
+        progress = self.progress
+        anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
+        both = torch.cat([ranks(anchors, partners, self.settings.metric), ranks(partners, anchors, self.settings.metric)])
+        rank, loss = both.mean().item(), self._loss(anchors, partners).loss.item()
+        better = (rank, loss) < (progress.best_rank, progress.best_loss)
+        if better:
+            progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
+            self._write("best.safetensors", self.named)
+        progress.validations_since_best = 0 if better else progress.validations_since_best + 1
+        metrics.append({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
+        log.info("step %d: validation mean rank %.3f of %d, loss %.4f%s", progress.step, rank, len(anchors), loss, " (best)" if better else "")
+
+    def save(self) -> None:
+        """Write a checkpoint of the whole state: weights, optimizer, random state, progress. Older ones beyond KEEP_CHECKPOINTS go."""
+        tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in self.named.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.encoder.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.encoder.device)
+        self._write(f"step-{self.progress.step:08d}.safetensors", tensors)
+        for old in _steps(self.checkpoints)[:-KEEP_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        header = {"progress": json.dumps(dataclasses.asdict(self.progress))}
+        with files.atomic_path(self.checkpoints / name) as partial:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, metadata=header)
+
+    def load_latest(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        found = _steps(self.checkpoints)
+        if not found:
+            return
+        tensors, header = _read(found[-1])
+        self._load_weights({key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")})
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, number, name = key.split("/")
+                states.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and self.encoder.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.encoder.device)
+        self.progress = Progress(**json.loads(header["progress"]))
+        log.info("resumed from step %d", self.progress.step)
+
+    def load_best(self) -> None:
+        """Put the best validation's weights into the model."""
+        tensors, _ = _read(self.checkpoints / "best.safetensors")
+        self._load_weights(tensors)
+        log.info("best validation at step %d: mean rank %.3f", self.progress.best_step, self.progress.best_rank)
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(weights[name])
+
+
+class _Meter:
+    """Rates since the last reading."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.pairs, self.tokens = time.perf_counter(), 0, 0
+
+    def count(self, pairs: int, tokens: int) -> None:
+        self.pairs += pairs
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        row = {"pairs_per_second": round(self.pairs / seconds, 2), "tokens_per_second": round(self.tokens / seconds, 1), "peak_memory_mib": peak_memory_mib()}
+        self._reset()
+        return row
+
+
+def peak_memory_mib() -> float:
+    """Most memory this process has held: of the GPU where one is in use, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then constant."""
+    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16 natively (CUDA from compute capability 8; AVX512_BF16, AMX)."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a checkpoint.
+
+    Raises:
+        RunError: missing, torn or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors raises kinds of its own
+        raise RunError(f"{path}: not readable as a checkpoint ({error})", "delete it: the run continues from the one before") from None
