@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-WORDS = ["soil", "river", "cell", "market", "school", "theory", "metal", "protein", "voter", "climate", "graph", "poem", "court", "engine", "reef", "tax", "virus", "bridge", "memory", "crystal", "grain", "harbour", "neuron", "ritual", "lattice", "pollen", "ledger", "glacier", "vowel", "turbine", "enzyme", "parish", "comet", "budget", "tissue", "syntax", "monsoon", "alloy", "census", "larva"]
+WORDS = (
+    "soil river cell market school theory metal protein voter climate graph poem court engine reef tax virus bridge memory crystal "
+    "grain harbour neuron ritual lattice pollen ledger glacier vowel turbine enzyme parish comet budget tissue syntax monsoon alloy census larva"
+).split()
 
 
 def run_script(*words: str | Path, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +38,7 @@ def make_paper(number: int, **changes: Any) -> dict[str, Any]:
     paper = {
         "id": f"paper-{n}",
         "title": f"{sentence(n, n + 1, 3 * n)[:-1]} number {n}",
-        "abstract": f"First {n} {sentence(n, 5 * n + 1, n + 2)} Second {sentence(n + 3, 7 * n, n)} Third {sentence(2 * n, n + 9)} Last {n} {sentence(n, n + 4)}",
+        "abstract": f"First {n} {sentence(n, 5 * n + 1, n + 2)} Second {sentence(n + 3, 7 * n, n)} Third {sentence(2 * n, n + 9)} Last {sentence(n, n + 4)}",
         "summaries": [f"{kind} {n} {sentence(n + i, 2 * n + i, 3 * n)}" for i, kind in enumerate(("problem", "method", "finding", "use"))],
         "query": f"{WORDS[n % len(WORDS)]} {WORDS[(5 * n) % len(WORDS)]} {n}",
         "field": f"field {n % 2}",
@@ -60,7 +63,7 @@ def papers_file(tmp_path: Path) -> Callable[..., Path]:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer BERT of 32 dimensions and a word-level tokenizer over WORDS, as a Hub repository would lay it out."""
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     pieces = [
@@ -74,7 +77,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
     ]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    tokenizer: Any = BertTokenizerFast
+    tokenizer: Any = BertTokenizer
     tokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
@@ -95,18 +98,19 @@ def tiny_deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(sentence(i, 3 * i, 5 * i, i + 7) for i in range(400)) + "\nfind office flow 5\n" * 20, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spm"), vocab_size=150, model_type="unigram", normalization_rule_name="nmt_nfkc",
+        input=str(corpus), model_prefix=str(folder / "spm"), vocab_size=150, hard_vocab_limit=False, model_type="unigram", normalization_rule_name="nmt_nfkc",
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
     )  # fmt: skip
     corpus.unlink()
     (folder / "spm.vocab").unlink()
     torch.manual_seed(0)
-    config = DebertaV2Config(
+    config_class: Any = DebertaV2Config  # its fields are not typed
+    config = config_class(
         vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, relative_attention=True, position_buckets=256,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], max_relative_positions=-1, position_biased_input=False,
         max_position_embeddings=512, type_vocab_size=0, pad_token_id=0,
     )  # fmt: skip
-    model = DebertaV2Model(config).half()
+    model = cast(torch.nn.Module, DebertaV2Model(config)).to(torch.float16)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     config.save_pretrained(folder)
     return folder
