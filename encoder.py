@@ -6,6 +6,7 @@ A text's vector is the last hidden state of its first token (CLS, as the paper) 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logs
 
 import files
 from files import RunError, UserError
@@ -142,7 +144,8 @@ class Encoder:
             base: the encoder that training started from, recorded in the marker.
         """
         with files.atomic_path(folder) as partial:
-            self.model.save_pretrained(partial)  # type: ignore[operator]
+            with _no_library_bars():
+                self.model.save_pretrained(partial)  # type: ignore[operator]
             self.tokenizer.model_max_length = self.usage.max_length
             self.tokenizer.save_pretrained(partial)
             for name, content in _sentence_transformers_files(self.usage, int(self.model.config.hidden_size)).items():  # type: ignore[union-attr, arg-type]
@@ -309,7 +312,8 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     source = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        with _no_library_bars():
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own errors for bad files
         raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
     tokenizer = _with_nfkc(tokenizer) if model.config.model_type == "deberta-v2" else tokenizer
@@ -317,6 +321,19 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     if usage.max_length > limit:
         usage = Usage(**{**asdict(usage), "max_length": limit})
     return Encoder(name, model.to(choose_device(device)), tokenizer, usage)
+
+
+@contextlib.contextmanager
+def _no_library_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which flash by for every file of weights."""
+    bars: Any = transformers_logs  # untyped functions
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _brief(error: Exception) -> str:

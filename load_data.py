@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from files import UserError
+from settings import PAPER_DATA, PROFILES
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file", "check the path") from None
+        made_by_us = str(path) in (PROFILES["paper"]["train_file"], PROFILES["paper"]["eval_file"])
+        raise UserError(f"{path}: no such file", PAPER_DATA if made_by_us else "check the path") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file ({error})", "copy or compress it again") from None
     except PermissionError:

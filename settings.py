@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import files
 
@@ -82,6 +82,12 @@ PROFILES: dict[Profile, dict[str, Any]] = {
 MARGINS: dict[Metric, float] = {"euclidean": 1.0, "cosine": 0.2}
 TEMPERATURES: dict[Metric, float] = {"euclidean": 1.0, "cosine": 0.07}
 
+# How the files of the paper profile come to be: said where one of them is missing.
+PAPER_DATA = (
+    "make the paper profile's data with: python collect_papers.py (papers and SciDocs), python generate_search_queries.py (queries), "
+    "python generate_train_summaries.py (summaries); see README, Reproduce"
+)
+
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE_ON_RESUME = frozenset({"resume", "output_dir", "log_every", "skip_invalid"})
 
@@ -119,6 +125,8 @@ def complete(settings: Settings) -> Settings:
     Raises:
         files.UserError: a value out of range.
     """
+    for name, choices in {"metric": Metric, "profile": Profile, "pooling": Pooling, "loss": Loss, "device": Device, "precision": Precision}.items():
+        _check(name, getattr(settings, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
     settings = dataclasses.replace(
         settings,
         margin=MARGINS[settings.metric] if settings.margin is None else settings.margin,
@@ -139,4 +147,4 @@ def complete(settings: Settings) -> Settings:
 
 def _check(name: str, good: bool, need: str) -> None:
     if not good:
-        raise files.UserError(f"--{name.replace('_', '-')} is out of range", f"give a value that is {need}")
+        raise files.UserError(f"setting --{name.replace('_', '-')} is out of range", f"give a value that is {need}")

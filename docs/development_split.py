@@ -1,0 +1,88 @@
+"""Cut the development papers into files to train on, to choose settings by, and to report on. Only the ids are in this repository (development_ids.json).
+
+    python docs/development_split.py --data FOLDER --output-dir runs/development
+
+FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
+    evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine literature reviews (the review is the `field`)
+    validation.jsonl     500 papers of the same two kinds, for choosing settings
+    train_*.jsonl      what may be trained on: no paper of the two files above, nor a near-copy of one
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import files
+from load_data import Paper, SeenPapers, drop_seen, read_papers
+
+IDS = Path(__file__).with_name("development_ids.json")
+SIZES = {"evaluation": {"query": 200, "review": 900}, "validation": {"query": 110, "review": 390}}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Cut the development papers into training, validation and evaluation files."""
+
+    data: str = "../shared/data"  # folder of the development papers
+    output_dir: str = "runs/development"  # where the files are written
+    renew: bool = False  # choose the ids again and write development_ids.json
+
+
+def kind(paper: Paper) -> str:
+    """What a paper can be evaluated on: "query", "review" or "" (training only: with two summaries it can make a pair)."""
+    return "query" if paper.query and len(paper.summaries) < 2 else "review" if paper.source.startswith("review-") else ""
+
+
+def choose(papers: list[Paper]) -> dict[str, list[str]]:
+    """Part -> ids, by a hash of the id, so that the choice does not depend on the file's order; papers like an earlier one are passed over."""
+    chosen: dict[str, list[str]] = {}
+    seen = SeenPapers()
+    ordered = sorted(papers, key=lambda paper: zlib.crc32(paper.id.encode()))
+    used: set[str] = set()
+    for part, sizes in SIZES.items():
+        chosen[part] = []
+        for what, size in sizes.items():
+            for paper in ordered:
+                if size and kind(paper) == what and paper.id not in used and not seen.reason(paper):
+                    chosen[part].append(paper.id)
+                    used.add(paper.id)
+                    seen.add(paper)
+                    size -= 1
+    return chosen
+
+
+def write(path: Path, papers: Iterable[Paper]) -> int:
+    """Write a papers file; returns how many papers."""
+    rows = [json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in papers]
+    files.write_text(path, "".join(rows))
+    return len(rows)
+
+
+def main() -> None:
+    """Read, cut, write, and say the sizes."""
+    command = files.parse_command_line(Command, None, Command())
+    data, output = Path(command.data), Path(command.output_dir)
+    papers = list(read_papers(data / "papers_dev.jsonl.gz", ("title", "abstract")))
+    if command.renew:
+        files.write_json(IDS, choose(papers))
+    ids = files.read_json(IDS)
+    parts = {part: [paper for paper in papers if paper.id in set(ids[part])] for part in ids}
+    sizes = {part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()}
+    seen = SeenPapers(paper for part_papers in parts.values() for paper in part_papers)
+    summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
+    tldrs, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
+    sizes["train_summaries"] = write(output / "train_summaries.jsonl", summaries)
+    sizes["train_tldrs"] = write(output / "train_tldrs.jsonl", tldrs)
+    sizes["train_definitions"] = write(output / "train_definitions.jsonl", read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)))
+    print(", ".join(f"{name} {size}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(files.run_command(main))
