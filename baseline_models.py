@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from encoder import BUNDLED_HUB_ID, Encoder, Usage, find_model, load_encoder, read_marker, read_sentence_transformers, small_files
@@ -62,37 +61,40 @@ def find_recipe(name: str) -> Recipe | None:
 def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict[str, str]]:
     """How a model shall be used, and where each part of that was read ("flag", "semcse.json", "recipe", "sentence-transformers files", "settings").
 
+    A model that scales its vectors to length 1 and is switched to another metric by flag is compared by its raw vectors.
+
     Raises:
         UserError: the model cannot be found, or a flag contradicts its semcse.json.
     """
-    recipe = find_recipe(name)
-    source = find_model(recipe.hub_id if recipe else name)
-    layers: list[tuple[str, dict[str, Any]]] = [("settings", asdict(Usage(settings.pooling, settings.metric, settings.max_length)))]
-    marker = None
-    if recipe:
-        layers.append(("recipe", asdict(recipe.usage)))
-    else:
-        folder = small_files(source)
-        marker = read_marker(folder)
-        layers.append(("semcse.json", marker) if marker else ("sentence-transformers files", _unless_overridden(folder, wanted) or {}))
-    layers.append(("flag", wanted.given()))
-    _refuse_contradiction(name, marker or {}, wanted)
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, layer in layers:
-        if origin == "flag":
-            for key in (key for key in layer if values[key] != layer[key]):
-                log.warning("%s: %s %s by flag, where its %s say %s", name, key, layer[key], origins[key], values[key])
-        values.update(layer)
-        origins.update(dict.fromkeys(layer, origin))
+    origin, own = _own_usage(name, wanted)
+    if origin == "semcse.json":
+        _refuse_contradiction(name, own, wanted)
+    values = asdict(Usage(settings.pooling, settings.metric, settings.max_length)) | own
+    origins = dict.fromkeys(values, "settings") | dict.fromkeys(own, origin)
+    for key, given in wanted.given().items():
+        if key in own and own[key] != given:
+            log.warning("%s: %s %s by flag instead of %s (%s)", name, key, given, own[key], origin)
+            values["normalize"] = values["normalize"] and key != "metric"
+        values[key], origins[key] = given, "flag"
     return Usage(**values), {key: origins[key] for key in ("pooling", "metric", "max_length")}
 
 
-def _unless_overridden(folder: Path, wanted: Wanted) -> dict[str, Any] | None:
-    """The sentence-transformers files' usage; files we cannot follow only matter if the flags leave something to them."""
-    if wanted.pooling and wanted.metric:
-        return None
-    return read_sentence_transformers(folder)
+def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+    """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a model that says nothing."""
+    recipe = find_recipe(name)
+    source = find_model(recipe.hub_id if recipe else name)
+    if recipe:
+        return "recipe", asdict(recipe.usage)
+    folder = small_files(source)
+    marker = read_marker(folder)
+    if marker:
+        return "semcse.json", marker
+    try:
+        return "sentence-transformers files", read_sentence_transformers(folder) or {}
+    except UserError:
+        if wanted.pooling and wanted.metric:  # the flags say what those files say in a way that cannot be followed here
+            return "settings", {}
+        raise
 
 
 def _refuse_contradiction(name: str, marker: dict[str, Any], wanted: Wanted) -> None:

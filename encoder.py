@@ -286,6 +286,8 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any] | None:
     if found["metric"] not in get_args(Metric):
         raise UserError(f"{folder}: compares by {found['metric']}", "give --metric euclidean or cosine")
     longest = _json_or_empty(folder / "sentence_bert_config.json").get("max_seq_length")
+    prompts = _json_or_empty(folder / "config_sentence_transformers.json").get("prompts") or {}
+    found |= {f"{role}_prompt": str(prompts[role]) for role in ("query", "document") if prompts.get(role)}
     return found | ({"max_length": int(longest)} if longest else {})
 
 
@@ -319,6 +321,7 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     tokenizer = _with_nfkc(tokenizer) if model.config.model_type == "deberta-v2" else tokenizer
     limit = _longest_input(model.config)
     if usage.max_length > limit:
+        log.warning("%s: takes %d tokens at most, so max_length is %d", name, limit, limit)
         usage = Usage(**{**asdict(usage), "max_length": limit})
     return Encoder(name, model.to(choose_device(device)), tokenizer, usage)
 

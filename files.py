@@ -56,6 +56,7 @@ def run_command(command: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         command()
+        sys.stdout.flush()
         return 0
     except UserError as error:
         return _fail(str(error), error.exit_code)
@@ -64,13 +65,20 @@ def run_command(command: Callable[[], None]) -> int:
     except Terminated:
         return _fail("terminated; what was done is kept", 143)
     except BrokenPipeError:
-        sys.stderr.close()
+        _drop_output()
         return 1
     except OSError as error:
         if error.errno is None:
             raise
+        _drop_output()
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}; {_mend_of(error)}", 1)
+
+
+def _drop_output() -> None:
+    """Send what still stands in stdout's buffer nowhere, or Python fails on it once more at exit."""
+    with contextlib.suppress(OSError, ValueError):  # no real file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _raise_terminated(signum: int, frame: object) -> None:
@@ -119,6 +127,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` (file or folder) to write to; it takes `path`'s place when the block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(partial)  # of a killed process with the same number
     try:
         yield partial
         if partial.is_dir():
@@ -128,10 +137,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             os.replace(partial, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -175,7 +188,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "check the path") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})", "delete it or put back a good copy") from None
 
 
@@ -198,9 +211,9 @@ class Journal:
     def rows(path: Path) -> list[dict[str, Any]]:
         """All whole rows of a journal file."""
         found = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        for line in path.read_bytes().split(b"\n")[:-1]:  # not splitlines, which takes U+2028 inside a text for a line end
             with contextlib.suppress(ValueError):
-                row = json.loads(line) if line.endswith("\n") else None
+                row = json.loads(line)
                 if isinstance(row, dict):
                     found.append(row)
         return found
@@ -230,9 +243,14 @@ def lock(path: Path) -> Iterator[None]:
     with path.open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())):  # its last holder has just removed it
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"{path.parent} is in use by another run", "wait for it or choose another output") from None
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -249,8 +267,10 @@ class RunFolder:
             raise UserError(f"--output-dir {output}: is a file", "name a folder")
         if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
             raise UserError(f"--output-dir {output}: holds files that are not a run's", "name another folder")
-        finished = (output / "settings.json").exists() and not (output / "UNFINISHED").exists()
-        self.path = output.with_name(f".{output.name}.next") if finished else output
+        successor = output.with_name(f".{output.name}.next")
+        if _is_finished(successor):  # a kill at the very end of `finish`
+            replace_folder(successor, output)
+        self.path = successor if _is_finished(output) else output
 
     def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]) -> None:
         """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ).
@@ -267,19 +287,22 @@ class RunFolder:
             if changed:
                 raise UserError(f"{self.output}: cannot resume with changed settings ({'; '.join(changed)})", "use the same settings, or another --output-dir")
         elif mark.exists():
-            raise UserError(f"{self.output}: holds an unfinished run", "continue it with --resume, or delete the folder or name another --output-dir")
+            raise UserError(f"{self.path}: holds an unfinished run", "continue it with --resume, or delete that folder, or name another --output-dir")
         else:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            write_json(record, {"settings": settings, **facts})
-            mark.write_text("This run has not ended. Continue it with --resume, or delete this folder.\n", encoding="utf-8")
+            with atomic_path(self.path) as partial:
+                write_text(partial / mark.name, "This run has not ended. Continue it with --resume, or delete this folder.\n")
+                write_json(partial / record.name, {"settings": settings, **facts})
 
     def finish(self) -> None:
         """Mark the run as finished, drop its checkpoints, and put it in the place of an earlier one."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         (self.path / "UNFINISHED").unlink()
         if self.path != self.output:
             replace_folder(self.path, self.output)
+        shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "settings.json").exists() and not (run / "UNFINISHED").exists()
 
 
 class StopSignal:
@@ -298,7 +321,7 @@ class StopSignal:
 
     def _note(self, signum: int, frame: object) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
         self.received = signum
 
     def raise_received(self) -> None:

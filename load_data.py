@@ -58,7 +58,7 @@ class Paper:
 
 def normalise(text: str) -> str:
     """The form in which texts are compared for equality: NFKC, lower case, single spaces, no closing full stop."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 
 
 def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool = False) -> Iterator[Paper]:
@@ -101,12 +101,9 @@ class _BadLine(Exception):
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(1-based number, raw line) of every non-blank line; gzip is told by its first two bytes, not by the name."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder", "name a papers file (README, Data format)")
     try:
         with path.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # a pipe cannot be rewound
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
             number = 0
             while line := stream.readline(LONGEST_LINE):
@@ -120,8 +117,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: no such file", PAPER_DATA if made_by_us else "check the path") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file ({error})", "copy or compress it again") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read", "check its permissions") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder", "name a papers file (README, Data format)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})", "check the path and its permissions") from None
 
 
 def _parse(line: bytes, need: Collection[str]) -> Paper:
@@ -153,11 +152,13 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig")
         row = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeDecodeError:
         raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
     except UnicodeEncodeError:
         raise _BadLine("holds half a surrogate pair", "write the character whole") from None
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line") from None
     except (ValueError, RecursionError) as error:
         raise _BadLine(f"is not JSON ({error})", "write one JSON object a line") from None
     if not isinstance(row, dict):
@@ -177,7 +178,7 @@ def _kind(value: object) -> str:
 def split_validation(papers: list[Paper], share: float, most: int, seed: int) -> tuple[list[Paper], list[Paper]]:
     """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers have one, else single papers.
 
-    About `share` of the papers are held out: at least two, at most `most` (or the topic that passes it). Which ones depends on `seed`, topics and ids alone,
+    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the end of a topic). Which ones depends on `seed`, topics and ids alone,
     not on the file's order.
 
     Raises:
@@ -190,8 +191,9 @@ def split_validation(papers: list[Paper], share: float, most: int, seed: int) ->
         for paper in papers:
             key = f"{paper.field}\n{paper.topic}" if by_topic and paper.topic else paper.id
             groups.setdefault(key, []).append(paper.id)
-        for key in sorted(groups, key=lambda key: zlib.crc32(repr((seed, key)).encode())):
-            if len(held) < wanted and len(held) + len(groups[key]) <= len(papers) - 2:
+        names = sorted(groups)
+        for key in (names[i] for i in np.random.default_rng(seed).permutation(len(names))):
+            if len(held) < wanted and len(held) + len(groups[key]) <= min(2 * wanted, len(papers) - 2):
                 held.update(groups[key])
         if len(held) >= 2:
             return [p for p in papers if p.id not in held], [p for p in papers if p.id in held]
@@ -235,6 +237,7 @@ class SeenPapers:
         self.titles: set[str] = set()
         self.owners: dict[int, int] = {}  # hash of an 8-gram -> number of the first abstract that held it
         self.sizes: list[int] = []
+        self.whole: set[int] = set()  # hashes of whole sketches, for exact copies
         for paper in papers:
             self.add(paper)
 
@@ -247,6 +250,8 @@ class SeenPapers:
         for value in hashes:
             self.owners.setdefault(value, len(self.sizes))
         self.sizes.append(len(hashes))
+        if hashes:
+            self.whole.add(hash(tuple(hashes)))
 
     def reason(self, paper: Paper) -> str | None:
         """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it does not."""
@@ -256,7 +261,7 @@ class SeenPapers:
             return "title"
         hashes = sketch(paper.abstract)
         shared = Counter(self.owners[value] for value in hashes if value in self.owners)
-        near = any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
+        near = hash(tuple(hashes)) in self.whole or any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
         return "abstract" if near else None
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     """Parse, run, and leave everything in the output folder."""
     settings = parse_settings()
     files.log_to_stderr()
-    output = Path(settings.output_dir)
+    output = Path(settings.output_dir).resolve()
     with files.lock(output.with_name(f".{output.name}.lock")):
         run(settings, files.RunFolder(output))
 

@@ -278,27 +278,56 @@ class Command:
 
 def run(command: Command) -> None:
     """Evaluate every named model, print one table, write benchmark.json and benchmark.md."""
-    from baseline_models import RECIPES
-
     if command.list_models:
-        print("\n".join(f"{name:<18} {recipe.hub_id:<42} {recipe.usage.pooling:<5} {recipe.usage.metric}" for name, recipe in RECIPES.items()))
+        print(_list_of_models())
         return
-    if not command.model:
-        raise UserError("no model named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
-    if len(set(command.model)) < len(command.model):
-        raise UserError("a model is named twice", "name each --model once")
-    output = Path(command.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output-dir {output}: is a file", "name a folder")
+    _check(command)
     papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
+    _check_models(command)
     found = {name: _evaluate_named(name, command, papers) for name in command.model}
     perf = perf_scores({name: {task: report["tasks"][task][main_score(task)] for task in TASKS} for name, report in found.items()})
     whole = next(iter(found.values())) if len(found) == 1 else {"models": list(found.values()), "perf": perf}
     table = table_lines(found, perf if len(found) > 2 else None)
     print("\n".join(table))
+    output = Path(command.output_dir)
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes_on(next(iter(found.values())))))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
+
+
+def _list_of_models() -> str:
+    from baseline_models import RECIPES
+
+    rows = [f"{name:<18} {recipe.hub_id:<42} {recipe.usage.pooling:<5} {recipe.usage.metric}" for name, recipe in RECIPES.items()]
+    return "\n".join(rows)
+
+
+def _check(command: Command) -> None:
+    """Refuse a command line that cannot work, before anything is read or loaded."""
+    if not command.model:
+        raise UserError("no model named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
+    if command.seed < 0:
+        raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
+    if command.max_length is not None and command.max_length < 3:
+        raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
+    output = Path(command.output_dir)
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output-dir {output}: {path} is a file", "name a folder")
+
+
+def _check_models(command: Command) -> None:
+    """Refuse unknown, contradicted and repeated models before the first is evaluated."""
+    from baseline_models import Wanted, find_recipe, usage_of
+
+    places: dict[str, str] = {}
+    for name in command.model:
+        usage_of(name, Wanted(command.pooling, command.metric, command.max_length), Settings())
+        recipe = find_recipe(name)
+        place = recipe.hub_id if recipe else str(Path(name))
+        if place in places:
+            raise UserError(f"--model {name} and --model {places[place]} are the same", "name each model once")
+        places[place] = name
 
 
 def _evaluate_named(name: str, command: Command, papers: list[Paper]) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def complete(settings: Settings) -> Settings:
         "validation_papers": 2, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0, "margin": 0, "seed": 0,
     }  # fmt: skip
     for name, least in at_least.items():
-        _check(name, getattr(settings, name) >= least, f"at least {least}")
+        _check(name, least <= getattr(settings, name) < float("inf"), f"at least {least} and finite")
+    _check("seed", settings.seed < 2**63, "below 2^63")
     for name in ("learning_rate", "temperature"):
         _check(name, 0 < getattr(settings, name) < float("inf"), "positive")
     _check("validation_share", 0 < settings.validation_share < 1, "between 0 and 1")

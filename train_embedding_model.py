@@ -105,6 +105,7 @@ class _Trainer:
         self.validation = [[paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)] for side in (0, 1)]
         self.named = dict(encoder.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
         torch.manual_seed(settings.seed)
         epoch = steps_per_epoch(len(papers), settings.batch_size)
@@ -134,7 +135,7 @@ class _Trainer:
         """One optimizer step on the pairs of step number `progress.step`."""
         settings, progress = self.settings, self.progress
         pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size)
-        ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], settings.train_max_length)
+        ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length)
         self.encoder.model.train()
         with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
             vectors = self.encoder.forward(ids)

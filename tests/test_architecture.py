@@ -1,0 +1,157 @@
+"""The shape of the project: which script may import which, that importing one has no effect, and how long they may be."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+# Arrows of the design: a script may import what stands at the end of its arrows, and everything that may import in turn.
+ARROWS = {
+    "main": ("report", "train_embedding_model"),
+    "report": ("semantic_benchmark",),
+    "train_embedding_model": ("semantic_benchmark",),
+    "semantic_benchmark": ("baseline_models",),
+    "baseline_models": ("encoder",),
+    "encoder": ("similarity", "load_data"),
+    "similarity": ("files", "settings"),
+    "load_data": ("files", "settings"),
+    "settings": ("files",),
+    "files": (),
+    "generate_train_summaries": ("language_model",),
+    "generate_search_queries": ("language_model",),
+    "language_model": ("load_data",),
+    "collect_papers": ("load_data",),
+    "embed_papers": ("baseline_models",),
+    "search_papers": ("baseline_models",),
+    "publish_model": ("baseline_models",),
+}
+LINE_CAPS = {"main": 80, "train_embedding_model": 350}
+ALL_LINES = 3_500
+
+SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+
+
+def reachable(name: str) -> set[str]:
+    return set(ARROWS[name]).union(*(reachable(other) for other in ARROWS[name]))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a script names in an import, wherever it stands (in functions, under TYPE_CHECKING), and in importlib's calls."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import in a folder of scripts"
+            found.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found.update(str(word.value) for word in node.args if isinstance(word, ast.Constant))
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_run_one_way(name: str) -> None:
+    assert name in ARROWS, f"{name}.py is not in the design: give it its place in ARROWS"
+    wrong = (imported(SCRIPTS[name]) & set(ARROWS)) - reachable(name)
+    assert not wrong, f"{name}.py may not import {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_do_not_import_tests_or_benches(name: str) -> None:
+    assert imported(SCRIPTS[name]).isdisjoint({"pytest", "conftest", "tests", "bench"})
+
+
+def test_the_arrows_have_no_circle_and_the_checker_sees_every_kind_of_import(tmp_path: Path) -> None:
+    assert all(name not in reachable(name) for name in ARROWS)
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import a, b.inner as c\nfrom d.inner import x\n"
+        "def f():\n    import e\n    class G:\n        from g import *\n    importlib.import_module('h')\n"
+        "if TYPE_CHECKING:\n    from i import J\n",
+        encoding="utf-8",
+    )
+    assert imported(path) == {"a", "b", "d", "e", "g", "h", "i"}
+
+
+OBSERVE = """
+import ast, json, logging, os, pathlib, random, signal, sys, threading, warnings
+root, here = pathlib.Path(sys.argv[1]), pathlib.Path.cwd()
+for name in [name for name in os.environ if name.startswith(("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_"))]:
+    del os.environ[name]  # else setting one to what it is would not show
+sys.path[0] = str(root)
+ours = {path.stem for path in root.glob("*.py")}
+for path in root.glob("*.py"):  # what others do when they are imported is not ours: first all of them
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name if isinstance(node, ast.Import) else "__future__"
+        if name.partition(".")[0] not in ours | {"__future__"}:
+            exec(ast.unparse(node))
+import numpy, torch
+
+def state():
+    files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for folder in (root, here) for path in folder.iterdir() if path.name != "__pycache__"}
+    return {
+        "files": files,
+        "runs": sorted(map(str, (root / "runs").glob("*"))),
+        "torch seed": torch.initial_seed(),
+        "torch state": hash(torch.get_rng_state().numpy().tobytes()),
+        "numpy state": hash(str(numpy.random.get_state())),
+        "python state": hash(random.getstate()),
+        "environment": dict(os.environ),
+        "handlers": [repr(handler) for handler in logging.root.handlers],
+        "levels": {name: logging.getLogger(name).level for name in (None, *logging.root.manager.loggerDict) if name not in ours},
+        "own loggers": {name: (len(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in sorted(ours)},
+        "signals": [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+        "warnings": [repr(one) for one in warnings.filters],
+        "threads": (threading.active_count(), torch.get_num_threads(), torch.get_num_interop_threads()),
+        "torch": (torch.cuda.is_initialized(), torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled()),
+        "matmul": torch.get_float32_matmul_precision(),
+        "folder and path": (os.getcwd(), list(sys.path), sys.argv, sys.getrecursionlimit()),
+        "output": (id(sys.stdout), id(sys.stderr), id(sys.excepthook)),
+    }
+
+first = state()
+changed = {}
+for name in sorted(ours):
+    before = state()
+    __import__(name)
+    after = state()
+    changed[name] = sorted(key for key in before if before[key] != after[key])
+assert pathlib.Path(sys.modules["encoder"].__file__).parent == root
+print("RESULT", json.dumps(changed))
+"""
+
+
+def test_importing_a_script_has_no_effect(tmp_path: Path) -> None:
+    """No file, seed, random state, environment variable, logging set-up, signal handler, thread or CUDA call; nothing printed."""
+    done = run_script("-c", OBSERVE, ROOT, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("RESULT ")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    changed = json.loads(done.stdout.removeprefix("RESULT "))
+    assert set(changed) == set(SCRIPTS)
+    assert {name: keys for name, keys in changed.items() if keys} == {}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").split("\n")) - 1
+
+
+@pytest.mark.parametrize("name", LINE_CAPS)
+def test_a_script_stays_within_its_cap(name: str) -> None:
+    assert lines(SCRIPTS[name]) <= LINE_CAPS[name]
+
+
+def test_all_scripts_together_stay_within_their_cap() -> None:
+    assert sum(map(lines, SCRIPTS.values())) <= ALL_LINES
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_says_first_what_it_is_for(name: str) -> None:
+    text = ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
+    assert text
+    assert len(text.partition("\n")[0]) > 30
