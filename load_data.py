@@ -178,8 +178,8 @@ def _kind(value: object) -> str:
 def split_validation(papers: list[Paper], share: float, most: int, seed: int) -> tuple[list[Paper], list[Paper]]:
     """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers have one, else single papers.
 
-    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the end of a topic). Which ones depends on `seed`, topics and ids alone,
-    not on the file's order.
+    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the end of a topic). Which ones depends on `seed`, topics and
+    ids alone, not on the file's order.
 
     Raises:
         UserError: too few papers to leave two on both sides.
