@@ -37,6 +37,7 @@ BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 # Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is bounded by both, whatever the number of texts.
 CHUNK_TEXTS = 4096
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+LENGTH_STEP = 8  # padded lengths are multiples of this
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Encoder:
     usage: Usage
 
     @property
+    def longest(self) -> int:
+        """Tokens that the model's position table allows."""
+        return _longest_input(self.model.config)
+
+    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
@@ -86,8 +92,8 @@ class Encoder:
         return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask), both (n, longest) int64 on the model's device, padded on the right."""
-        longest = max(map(len, ids))
+        """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few different lengths keep the CPU kernels' caches small."""
+        longest = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, self.longest)
         fill = self.tokenizer.pad_token_id or 0
         padded = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]

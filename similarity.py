@@ -15,9 +15,11 @@ from torch.nn import functional
 
 from settings import Loss, Metric
 
+# Numbers gathered at once by `_Scorer.exact`: 32 MiB of float64.
+CHUNK = 2**22
 # Scores held at once by `ranks` and `nearest`: 2^24 float32 are 64 MiB, whatever the number of queries.
 BLOCK_SCORES = 2**24
-# Two float64 distances count as equal when they differ by less than this share: far above float64 rounding, far below any float32 difference.
+# Two float64 distances count as equal when they differ by less than this share of them: far above float64 rounding, far below any float32 difference.
 TIE = 1e-11
 
 
@@ -83,7 +85,7 @@ def spread(vectors: Tensor) -> float:
     """Root mean squared distance to the mean vector over the root mean square length, in [0, 1]: near 0 means the embeddings have collapsed."""
     vectors = vectors.detach().float()
     centred = vectors - vectors.mean(dim=0)
-    return (centred.square().sum(dim=1).mean() / vectors.square().sum(dim=1).mean().clamp_min(1e-12)).sqrt().item()
+    return (centred.square().sum(dim=1).mean() / vectors.square().sum(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)).sqrt().item()
 
 
 def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor | None = None, block_scores: int = BLOCK_SCORES) -> Tensor:
@@ -112,9 +114,9 @@ def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor
         ahead[rows, own] = -torch.inf
         closer = (ahead > doubt).sum(dim=1).double()
         row, column = torch.nonzero(ahead.abs() <= doubt, as_tuple=True)
-        other = scorer.exact(row + start, column)
-        mine = scorer.exact(rows + start, own)[row]
-        tolerance = scorer.tolerance(row + start, column)
+        other = scorer.exact(start, len(score), row, column)
+        mine = scorer.exact(start, len(score), rows, own)[row]
+        tolerance = scorer.tolerance(other, mine)
         weight = (other < mine - tolerance).double() + ((other - mine).abs() <= tolerance).double() / 2
         found[start : start + len(score)] = 1 + closer.index_add_(0, row, weight)
     return found
@@ -136,6 +138,8 @@ def nearest(
     Returns:
         distances (n, k) float64 ascending and indices (n, k) int64.
     """
+    if k > len(candidates) - (excluded is not None):
+        raise ValueError(f"{k} neighbours wanted of {len(candidates)} candidates")
     scorer = _Scorer(queries, candidates, metric)
     found_distances = torch.empty(len(queries), k, dtype=torch.float64)
     found = torch.empty(len(queries), k, dtype=torch.int64)
@@ -144,7 +148,7 @@ def nearest(
             score[torch.arange(len(score)), excluded[start : start + len(score)]] = -torch.inf
         kth = score.topk(k, dim=1).values[:, -1:]
         row, column = torch.nonzero(score >= kth - doubt, as_tuple=True)
-        exact = scorer.exact(row + start, column)
+        exact = scorer.exact(start, len(score), row, column)
         order = torch.argsort(exact, stable=True)  # columns ascend within a row already, so equal distances keep index order
         order = order[torch.argsort(row[order], stable=True)]
         counts = torch.bincount(row, minlength=len(score))
@@ -158,23 +162,26 @@ def nearest(
 class _Scorer:
     """Scores (higher is closer) of queries against candidates by float32 matrix product, with a bound on their rounding, and exact float64 values on demand.
 
-    Euclidean score: q.c - |c|^2 / 2, which orders candidates as the distance does. Cosine score: q.c of the unit vectors.
+    Both metrics are one: the cosine distance is half the squared distance of the unit vectors. Vectors are centred first (no distance changes) and brought to a
+    size of about 1, so that neither a common offset nor their unit costs accuracy. The score q.c - |c|^2 / 2 orders candidates as the distance does.
     """
 
     def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
         if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
             raise ValueError("vectors hold NaN or infinity: they have no ranks")
-        self.metric = metric
-        self.raw = (queries.float(), candidates.float())
         self.unit = metric == "cosine"
-        self.queries, self.candidates = (functional.normalize(v, dim=-1) for v in self.raw) if self.unit else self.raw
-        squares = [vectors.double().square().sum(dim=1) for vectors in (self.queries, self.candidates)]
-        self.squares = squares
-        self.half_squares = torch.zeros(len(candidates)) if self.unit else (squares[1] / 2).float()
-        longest = squares[1].max().sqrt() if len(candidates) else torch.zeros(())
-        # rounding of the difference of two scores: (d + 4) eps |q| |c| for each product, as much for each |c|^2 / 2
+        self.precise = [functional.normalize(v.double(), dim=-1) if self.unit else v.double() for v in (queries, candidates)]
+        centre = self.precise[1].mean(dim=0)
+        centred = [vectors - centre for vectors in self.precise]
+        size = max((vectors.abs().max().item() for vectors in centred if len(vectors)), default=0.0)
+        self.queries, self.candidates = ((vectors / (size or 1.0)).float() for vectors in centred)
+        lengths = [vectors.double().norm(dim=1) for vectors in (self.queries, self.candidates)]
+        self.half_squares = (lengths[1].square() / 2).float()
+        longest = lengths[1].max() if len(candidates) else torch.zeros(())
+        # rounding of the difference of two scores: (d + 4) eps |q| |c| for each product, as much for each |c|^2 / 2; a unit vector is good to some 1e-16
         eps = torch.finfo(torch.float32).eps * (queries.shape[1] + 4)
-        self.doubts = (2 * eps * (squares[0].sqrt() * longest + longest.square())).float()[:, None]
+        slack = 4e-15 / (size or 1.0) if self.unit else 0.0
+        self.doubts = ((lengths[0] + longest) * (2 * eps * longest + slack)).float()[:, None]
 
     def blocks(self, block_scores: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first query row, scores of some queries against all candidates, (rows, 1) bound on the rounding of a difference of two of a row's scores)."""
@@ -183,20 +190,21 @@ class _Scorer:
             stop = start + rows
             yield start, torch.addmm(-self.half_squares, self.queries[start:stop], self.candidates.T), self.doubts[start:stop]
 
-    def exact(self, row: Tensor, column: Tensor, chunk: int = 65_536) -> Tensor:
-        """(len(row),) float64: squared Euclidean distance or 1 - cosine of query row[j] and candidate column[j]."""
-        parts = [torch.empty(0, dtype=torch.float64)]
-        for start in range(0, len(row), chunk):
-            q = self.raw[0][row[start : start + chunk]].double()
-            c = self.raw[1][column[start : start + chunk]].double()
-            if self.unit:
-                q, c = functional.normalize(q, dim=-1), functional.normalize(c, dim=-1)
-            parts.append((q - c).square().sum(dim=1) / (2 if self.unit else 1))
-        return torch.cat(parts)
+    def exact(self, start: int, rows: int, row: Tensor, column: Tensor) -> Tensor:
+        """(len(row),) float64: squared Euclidean distance or 1 - cosine of query start + row[j] and candidate column[j], 0 <= row < rows."""
+        queries, candidates = self.precise[0][start : start + rows], self.precise[1]
+        chunk = max(1, CHUNK // queries.shape[1])
+        if 8 * len(row) > rows * len(candidates):  # gathering would cost more than all distances do
+            squares = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist").square_()[row, column]
+        else:
+            squares = torch.cat(
+                [(queries[r] - candidates[c]).square().sum(dim=1) for r, c in zip(torch.split(row, chunk), torch.split(column, chunk), strict=True)]
+            )
+        return squares / 2 if self.unit else squares
 
-    def tolerance(self, row: Tensor, column: Tensor) -> Tensor:
-        """(len(row),) differences of `exact` that are float64 rounding, not distance."""
-        return TIE * (self.squares[0][row] + self.squares[1][column])
+    def tolerance(self, one: Tensor, other: Tensor) -> Tensor:
+        """Differences of two `exact` values that are float64 rounding, not distance; unit vectors are rounded themselves."""
+        return TIE * (one + other) + (1e-19 if self.unit else 0.0)
 
     def as_distance(self, exact: Tensor) -> Tensor:
         """What `exact` returned, as a distance."""

@@ -47,6 +47,14 @@ def make_paper(number: int, **changes: Any) -> dict[str, Any]:
     return paper | changes
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests run side by side on few cores: torch's threads would wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def papers_file(tmp_path: Path) -> Callable[..., Path]:
     """A function (rows, name="papers.jsonl") -> path of a papers file with these rows."""
