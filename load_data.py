@@ -1,7 +1,7 @@
 """Papers files, splits, summary pairs and batches: the only code that reads the papers format (README, "Data format").
 
 A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (unique), `title`, `abstract`, and optionally `summaries` (list of strings), `query`,
-`field`, `topic`, `source`. Unknown keys are kept in `extra`.
+`field`, `topic`, `source` (strings), `visits` (visits an epoch in training). Unknown keys are kept in `extra`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
 # A line longer than this is no paper: 16 MiB are some three million words.
 LONGEST_LINE = 16 * 2**20
+MOST_VISITS = 100
 # Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
 SHINGLE_WORDS = 8
 SKETCH = 24
@@ -36,7 +37,7 @@ NEAR_EQUAL = 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Paper:
-    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation (see `normalise`)."""
+    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation (see `normalise`); `visits` is its visits an epoch."""
 
     id: str
     title: str = ""
@@ -46,11 +47,14 @@ class Paper:
     field: str = ""
     topic: str = ""
     source: str = ""
+    visits: int = 1
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
         """The JSON object of this paper: absent keys are left out, unknown ones kept."""
         row: dict[str, Any] = {key: getattr(self, key) for key in TEXT_KEYS if getattr(self, key)}
+        if self.visits != 1:
+            row["visits"] = self.visits
         if self.summaries:
             row["summaries"] = list(self.summaries)
         return row | self.extra
@@ -142,8 +146,11 @@ def _parse(line: bytes, need: Collection[str]) -> Paper:
     for text in summaries:
         if text.strip():
             distinct.setdefault(normalise(text), text)
-    extra = {key: value for key, value in row.items() if key not in TEXT_KEYS and key != "summaries"}
-    return Paper(summaries=tuple(distinct.values()), extra=extra, **{key: row[key] for key in TEXT_KEYS if key in row})
+    visits = row.get("visits", 1)
+    if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
+        raise _BadLine('key "visits" is not a whole number from 1 to 100', "mend it, or leave the key out")
+    extra = {key: value for key, value in row.items() if key not in (*TEXT_KEYS, "summaries", "visits")}
+    return Paper(summaries=tuple(distinct.values()), visits=visits, extra=extra, **{key: row[key] for key in TEXT_KEYS if key in row})
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -200,9 +207,9 @@ def split_validation(papers: list[Paper], share: float, most: int, seed: int) ->
     raise UserError(f"{len(papers)} papers with two different summaries are too few to train and validate on", "give at least four papers")
 
 
-def steps_per_epoch(papers: int, batch_size: int) -> int:
-    """Batches that visit `papers` papers once; an incomplete last batch is left to the next epoch's shuffle."""
-    return max(1, papers // batch_size)
+def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
+    """Batches that visit each paper `visits` times; an incomplete last batch is left to the next epoch's shuffle."""
+    return max(1, sum(paper.visits for paper in papers) // batch_size)
 
 
 def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> list[tuple[str, str]]:
@@ -210,9 +217,12 @@ def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> l
 
     A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run sees the same batches. `step` counts from 0.
     """
-    epoch, place = divmod(step, steps_per_epoch(len(papers), batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(len(papers))
-    chosen = order[place * batch_size : (place + 1) * batch_size]
+    epoch, place = divmod(step, steps_per_epoch(papers, batch_size))
+    visited = np.repeat(np.arange(len(papers)), [paper.visits for paper in papers])
+    order = np.random.default_rng([seed, epoch]).permutation(visited)
+    chosen = list(dict.fromkeys(order[place * batch_size : (place + 1) * batch_size].tolist()))
+    if len(chosen) == 1:  # one paper's visits filled the batch: a pair needs a negative
+        chosen.append(next(other for other in order.tolist() if other != chosen[0]))
     draw = np.random.default_rng([seed, epoch, place + 1])
     return [_draw_pair(papers[i].summaries, draw) for i in chosen]
 

@@ -51,6 +51,7 @@ class Settings:
     weight_decay: float = 1e-4  # AdamW's weight decay [A]
     warmup_steps: int = 0  # steps of linear learning-rate warm-up; constant afterwards [A: none]
     clip_norm: float = 0.0  # gradient norm is cut to this; 0: no clipping [A: none]
+    start_share: float = 0.0  # share of the starting weights averaged into the trained ones at the end; 0: none [A: none]
     train_max_length: int = 128  # tokens kept of a summary in training [A]
     # running
     validate_every: int = 1_000  # steps between validations; the best checkpoint is kept [A]
@@ -144,6 +145,7 @@ def complete(settings: Settings) -> Settings:
     _check("seed", settings.seed < 2**63, "below 2^63")
     for name in ("learning_rate", "temperature"):
         _check(name, 0 < getattr(settings, name) < float("inf"), "positive")
+    _check("start_share", 0 <= settings.start_share < 1, "at least 0 and below 1")
     _check("validation_share", 0 < settings.validation_share < 1, "between 0 and 1")
     return settings
 

@@ -71,7 +71,8 @@ def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[l
 
 
 def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path) -> Progress:
-    """Train `encoder` in place; afterwards it holds the weights of the best validation.
+    """Train `encoder` in place; afterwards it holds the weights of the best validation
+    (averaged with the starting ones, if `start_share` says so).
 
     Args:
         encoder: the model to train, used as its `usage` says.
@@ -111,11 +112,12 @@ class _Trainer:
         pairs = [draw.choice(len(paper.summaries), size=2, replace=False) for paper in held_out]
         self.validation = [[paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)] for side in (0, 1)]
         self.named = dict(encoder.model.named_parameters())
+        self.start = {name: value.detach().cpu().clone() for name, value in self.named.items()} if settings.start_share else {}
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
         torch.manual_seed(settings.seed)
-        epoch = steps_per_epoch(len(papers), settings.batch_size)
+        epoch = steps_per_epoch(papers, settings.batch_size)
         log.info("training on %s in %s, %d steps an epoch", encoder.device, "bf16 autocast" if self.bf16 else "float32", epoch)
 
     def run(self, metrics: Journal, stop: StopSignal) -> None:
@@ -245,8 +247,10 @@ class _Trainer:
         self.progress = Progress(**json.loads(header["progress"]))
 
     def load_best(self) -> None:
-        """Put the best validation's weights into the model."""
+        """Put the best validation's weights into the model, averaged with those it started from as `start_share` says."""
         tensors, _ = _read(self.checkpoints / "best.safetensors")
+        for name, value in self.start.items():
+            tensors[name] = torch.lerp(tensors[name], value, self.settings.start_share)
         self._load_weights(tensors)
         log.info("best validation at step %d: mean rank %.3f", self.progress.best_step, self.progress.best_rank)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -103,7 +104,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=6,
 )
-unknown_keys = st.dictionaries(words.filter(lambda key: key not in (*TEXT_KEYS, "summaries")), json_values, max_size=3)
+unknown_keys = st.dictionaries(words.filter(lambda key: key not in (*TEXT_KEYS, "summaries", "visits")), json_values, max_size=3)
 
 
 @given(
@@ -466,7 +467,7 @@ def drawn(papers: list[Paper], seed: int, step: int, batch_size: int) -> list[tu
 def test_an_epoch_visits_papers_once(papers: int, batch_size: int, steps: int) -> None:
     """All of them where the batch size divides their number, else all but the remainder; another epoch leaves other papers over."""
     some = [pair_paper(i) for i in range(papers)]
-    assert steps_per_epoch(papers, batch_size) == steps
+    assert steps_per_epoch(some, batch_size) == steps
     epochs = []
     for epoch in range(12):
         batches = [drawn(some, 3, epoch * steps + place, batch_size) for place in range(steps)]
@@ -475,6 +476,29 @@ def test_an_epoch_visits_papers_once(papers: int, batch_size: int, steps: int) -
         assert len(set(epochs[-1])) == len(epochs[-1]) == min(papers, steps * batch_size)
     assert len(set(map(tuple, epochs))) > 9
     assert set().union(*epochs) == set(range(papers))
+
+
+def test_visits_say_how_often_an_epoch_draws_a_paper() -> None:
+    """Two of twelve papers with five visits: 20 visits, four batches of five; a paper drawn twice for one batch stands in it once."""
+    some = [dataclasses.replace(pair_paper(i), visits=5 if i < 2 else 1) for i in range(12)]
+    assert steps_per_epoch(some, 5) == 4
+    counts = Counter(paper for step in range(4 * 200) for paper, _, _ in drawn(some, 3, step, 5))
+    assert all(counts[i] == 200 for i in range(2, 12))
+    # Of 20 places in 4 batches of 5, a paper with 5 places misses a batch with probability C(15, 5) / C(20, 5) = 0.1937: 3.225 batches an epoch.
+    assert all(counts[i] / 200 == pytest.approx(3.225, abs=0.2) for i in range(2))
+
+
+def test_a_batch_has_a_negative_however_often_one_paper_is_visited() -> None:
+    some = [dataclasses.replace(pair_paper(0), visits=100), pair_paper(1)]
+    assert all(len(drawn(some, 3, step, 2)) == 2 for step in range(100))
+
+
+@pytest.mark.parametrize("visits", ["0", "-1", "101", "1.5", "true", "null", '"2"'])
+def test_visits_must_be_a_small_whole_number(papers_file: Callable[..., Path], visits: str) -> None:
+    path = papers_file([])
+    path.write_text(f'{{"id": "a", "visits": {visits}}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=rf'{path.name}:1: key "visits" is not'):
+        list(read_papers(path))
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:

@@ -397,6 +397,18 @@ def test_divergence_names_its_step(tiny_bert: Path, tmp_path: Path, validate_eve
         train(load(tiny_bert), toy_papers(30), toy_papers(6, 40), make_settings(learning_rate=1e30, validate_every=validate_every), tmp_path)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_start_share_averages_the_best_weights_with_the_start(tiny_bert: Path, tmp_path: Path, share: float) -> None:
+    """Weight by weight: share x start + (1 - share) x best validation's."""
+    encoder = load(tiny_bert)
+    start = {name: value.detach().clone() for name, value in encoder.model.named_parameters()}
+    train(encoder, toy_papers(30), toy_papers(6, 40), make_settings(start_share=share), tmp_path)
+    best = load_file(tmp_path / "checkpoints" / "best.safetensors")
+    assert any((best[name] - value).abs().max() > 1e-4 for name, value in start.items())
+    for name, value in encoder.model.named_parameters():
+        torch.testing.assert_close(value.detach(), share * start[name] + (1 - share) * best[name], rtol=0, atol=1e-7)
+
+
 # Resuming
 
 
