@@ -5,11 +5,14 @@
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
     evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine literature reviews (the review is the `field`)
     validation.jsonl     500 papers of the same two kinds, for choosing settings
-    train_*.jsonl      what may be trained on: no paper of the two files above, nor a near-copy of one
+    train.jsonl        what may be trained on, no paper of the two files above nor a near-copy of one: papers with LLM summaries (three visits an epoch), papers
+                       with several summaries by people (two), 1,500 groups of LLM definitions (one)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
 import zlib
@@ -23,6 +26,7 @@ import files
 from load_data import Paper, SeenPapers, drop_seen, read_papers
 
 IDS = Path(__file__).with_name("development_ids.json")
+DEFINITIONS = 1_500
 SIZES = {"evaluation": {"query": 200, "review": 900}, "validation": {"query": 110, "review": 390}}
 
 
@@ -77,10 +81,10 @@ def main() -> None:
     sizes = {part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()}
     seen = SeenPapers(paper for part_papers in parts.values() for paper in part_papers)
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
-    tldrs, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
-    sizes["train_summaries"] = write(output / "train_summaries.jsonl", summaries)
-    sizes["train_tldrs"] = write(output / "train_tldrs.jsonl", tldrs)
-    sizes["train_definitions"] = write(output / "train_definitions.jsonl", read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)))
+    by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
+    definitions = itertools.islice(read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)), DEFINITIONS)
+    mixed = {paper.id: dataclasses.replace(paper, visits=visits) for visits, part in ((1, definitions), (2, by_people), (3, summaries)) for paper in part}
+    sizes["train"] = write(output / "train.jsonl", mixed.values())
     print(", ".join(f"{name} {size}" for name, size in sizes.items()))
 
 
