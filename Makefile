@@ -20,7 +20,7 @@ test: .venv  ## install, lint, types, the test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

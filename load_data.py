@@ -222,7 +222,7 @@ def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> l
     order = np.random.default_rng([seed, epoch]).permutation(visited)
     chosen = list(dict.fromkeys(order[place * batch_size : (place + 1) * batch_size].tolist()))
     if len(chosen) == 1:  # one paper's visits filled the batch: a pair needs a negative
-        chosen.append(next(other for other in order.tolist() if other != chosen[0]))
+        chosen += [other for other in order.tolist() if other != chosen[0]][:1]
     draw = np.random.default_rng([seed, epoch, place + 1])
     return [_draw_pair(papers[i].summaries, draw) for i in chosen]
 
