@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import files
 from encoder import Encoder
@@ -126,7 +127,7 @@ class _Trainer:
         meter = _Meter()
         if progress.step == 0:
             self._validate(metrics)
-        with tqdm(total=settings.max_steps, initial=progress.step, desc="training", unit="step") as bar:
+        with logging_redirect_tqdm(), tqdm(total=settings.max_steps, initial=progress.step, desc="training", unit="step") as bar:
             while progress.step < settings.max_steps and progress.validations_since_best < settings.patience and stop.received is None:
                 values, row = self._step(meter)
                 bar.update()
