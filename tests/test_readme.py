@@ -11,8 +11,10 @@ import pytest
 from conftest import ROOT, run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Commands that other checks run: make's own targets (by the reader and by CI, which is `make test`), and those that need a server or the Hub.
+# Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
 ELSEWHERE = {"make quickstart", "make test"}
+# Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
+NEEDS_MORE = ("--source", "--base-url", "--profile paper")
 
 
 def blocks(language: str) -> list[str]:
@@ -41,7 +43,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE])
+def needs_more(command: str) -> bool:
+    return any(words in command for words in NEEDS_MORE)
+
+
+@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if needs_more(command)])
+def test_command_that_needs_more_is_understood(command: str) -> None:
+    """Its script knows every flag in it."""
+    words = shlex.split(command)
+    known = run_script(words[1], "--help").stdout
+    assert all(re.search(rf"{word}\b", known) for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command)])
 def test_command(command: str, workspace: Path) -> None:
     words = shlex.split(command)
     assert words[0] == "python", f"README has a command that no test runs: {command}"
@@ -64,7 +78,7 @@ def test_python_blocks(workspace: Path) -> None:
 
 
 def test_settings_named_in_the_readme_exist() -> None:
-    known = run_script("main.py", "--help").stdout + run_script("semantic_benchmark.py", "--help").stdout
+    known = "".join(run_script(name, "--help").stdout for name in ("main.py", "semantic_benchmark.py"))
     for flag in sorted(set(re.findall(r"`(--[a-z][a-z-]+)", README))):
         assert re.search(rf"{flag}\b", known), f"README names {flag}, which no script has"
 
