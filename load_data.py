@@ -7,6 +7,7 @@ A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (uniq
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import logging
@@ -232,11 +233,12 @@ def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator) -> tuple[s
     return summaries[first], summaries[second]
 
 
-def sketch(text: str) -> list[int]:
+@functools.lru_cache(maxsize=2)  # a paper is looked up, then added
+def sketch(text: str) -> tuple[int, ...]:
     """The smallest hashes of a text's word 8-grams, at most SKETCH of them: two texts share about as large a part of these as of all their 8-grams."""
     words = re.findall(r"\w+", normalise(text))
     grams = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))} if words else set()
-    return sorted({zlib.crc32(gram.encode()) for gram in grams})[:SKETCH]
+    return tuple(sorted({zlib.crc32(gram.encode()) for gram in grams})[:SKETCH])
 
 
 class SeenPapers:
@@ -261,7 +263,7 @@ class SeenPapers:
             self.owners.setdefault(value, len(self.sizes))
         self.sizes.append(len(hashes))
         if hashes:
-            self.whole.add(hash(tuple(hashes)))
+            self.whole.add(hash(hashes))
 
     def reason(self, paper: Paper) -> str | None:
         """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it does not."""
@@ -271,7 +273,7 @@ class SeenPapers:
             return "title"
         hashes = sketch(paper.abstract)
         shared = Counter(self.owners[value] for value in hashes if value in self.owners)
-        near = hash(tuple(hashes)) in self.whole or any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
+        near = hash(hashes) in self.whole or any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
         return "abstract" if near else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import hashlib
 import json
 import random
@@ -29,6 +30,8 @@ WORDS = [SYLLABLES[i // 16] + "n" + SYLLABLES[i % 16] for i in range(256)]
 
 # What may go wrong: on the wire ...
 WIRE = ("429", "429 date", "500", "drop", "truncated", "not json", "no choices", "stall")
+# ... nothing is wrong with these: other ways to send a body ...
+FORMS = ("chunked", "until closed", "gzip")
 # ... and in the text of an answer.
 TEXTS = {
     "empty": "",
@@ -76,7 +79,17 @@ def response(body: Body, kind: str | None) -> bytes:
         content = b"<html>" + content[6:]
     if kind == "truncated":
         content = content[: length // 2]
-    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{extra}\r\n".encode() + content
+    size = f"Content-Length: {length}\r\n"
+    if kind == "chunked":
+        size = "Transfer-Encoding: chunked\r\n"
+        parts = [content[:7], content[7:100], content[100:]]
+        content = b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\nTrailer: x\r\n\r\n"
+    if kind == "until closed":
+        size = ""
+    if kind == "gzip":
+        content = gzip.compress(content)
+        size = f"Content-Encoding: gzip\r\nContent-Length: {len(content)}\r\n"
+    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{size}{extra}\r\n".encode() + content
 
 
 class FakeServer:
@@ -88,7 +101,7 @@ class FakeServer:
         self.kinds: list[str | None] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
-        self.most_active = self.active = 0
+        self.most_active = self.active = self.connections = 0
         self.url = ""
         self._log = log.open("a", encoding="utf-8") if log else None
 
@@ -139,6 +152,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.server.connections += 1
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -162,7 +176,7 @@ class Connection(asyncio.Protocol):
             return
         if kind != "drop":
             self.transport.write(response(body, kind))
-        if kind in ("drop", "truncated"):
+        if kind in ("drop", "truncated", "until closed"):
             self.transport.close()
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, make_paper, run_script
-from fake_llm_server import KINDS, Body, FakeServer, at_random
+from fake_llm_server import FORMS, KINDS, Body, FakeServer, at_random
 from fake_llm_server import sentence as made_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,7 +198,7 @@ def test_parse_texts_takes_lines_where_there_is_no_json() -> None:
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
 
 
-FORMS = (
+BODIES = (
     '{"choices": %s}',
     '{"choices": [%s]}',
     '{"choices": [{"message": %s}]}',
@@ -210,7 +210,7 @@ FORMS = (
 )
 
 
-@given(JSON, st.sampled_from(FORMS))
+@given(JSON, st.sampled_from(BODIES))
 @settings(deadline=None, max_examples=300)
 def test_a_body_is_an_answer_or_a_value_error(value: Any, form: str) -> None:
     try:
@@ -390,6 +390,21 @@ def test_a_fault_is_answered_by_sending_the_request_again(generate: Callable[...
     assert done.report["faults"] == {counted: 1}
     assert server.requests == [server.requests[0]] * 2
     assert done.rows()[0]["query"] == made_up(server.requests[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_body_may_come_in_any_form_of_http(generate: Callable[..., Outcome], papers_file: Callable[..., Path], form: str) -> None:
+    with FakeServer(misbehave=lambda body, number: form) as server:
+        done = generate(papers_file([bare(1), bare(2)]), server.url, concurrency=1)
+    assert done.report["faults"] == {}
+    assert [text for row in done.rows() for text in row["summaries"]] == list(map(made_up, server.requests))
+
+
+def test_connections_are_used_again(generate: Callable[..., Outcome], papers_file: Callable[..., Path]) -> None:
+    with FakeServer() as server:
+        generate(papers_file([bare(i) for i in range(10)]), server.url, concurrency=3)
+    assert len(server.requests) == 40
+    assert server.connections == 3
 
 
 def test_a_server_is_given_the_time_it_asks_for(generate: Callable[..., Outcome], papers_file: Callable[..., Path]) -> None:
