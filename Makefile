@@ -1,17 +1,19 @@
 # make quickstart: set up and run the experiment on the sample papers. make test: set up, lint, types, tests.
 PYTHON ?= python3
+# What pip is given to install PyTorch, options for another build (CPU, CUDA) included.
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
-METRIC ?= euclidean
 
-.PHONY: help quickstart test bench clean
+.PHONY: help quickstart test clean
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv: requirements.txt requirements-dev.txt  ## the virtual environment with everything installed
+.venv: .venv/.installed  ## the virtual environment with everything installed
+.venv/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch .venv
+	@touch $@
 
 quickstart: .venv  ## install, train and evaluate on the sample papers (minutes on two CPU cores)
 	$(BIN)/python main.py

@@ -22,7 +22,7 @@ import re
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
@@ -256,30 +256,32 @@ def _plain_http() -> Any:
                 writer.write(b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method.encode(), request.url.raw_path, fields) + await request.aread())
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]
                 headers = httpx2.Headers([(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)])
-                body = await self._body(reader, headers)
+                response = httpx2.Response(int(first.split()[1]), headers=headers, content=await _read_body(reader, headers))
                 again = "close" not in headers.get("connection", "").lower() and not reader.at_eof()
-                return httpx2.Response(int(first.split()[1]), headers=headers, content=body)
+                return response
             finally:
                 if again:
                     self.idle.append((reader, writer))
                 else:
                     writer.close()
 
-        async def _body(self, reader: asyncio.StreamReader, headers: httpx2.Headers) -> bytes:
-            if "chunked" not in headers.get("transfer-encoding", "").lower():
-                return await (reader.readexactly(int(headers["content-length"])) if "content-length" in headers else reader.read())
-            body = b""
-            while size := int((await reader.readline()).partition(b";")[0], 16):
-                body += (await reader.readexactly(size + 2))[:-2]
-            while await reader.readline() not in (b"\r\n", b""):
-                pass
-            return body
-
         async def aclose(self) -> None:
             for _, writer in self.idle:
                 writer.close()
 
     return PlainHttp()
+
+
+async def _read_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
+    """An HTTP body in whichever way its length is told."""
+    if "chunked" not in headers.get("transfer-encoding", "").lower():
+        return await (reader.readexactly(int(headers["content-length"])) if "content-length" in headers else reader.read())
+    body = b""
+    while size := int((await reader.readline()).partition(b";")[0], 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    while await reader.readline() not in (b"\r\n", b""):
+        pass
+    return body
 
 
 class Client:
