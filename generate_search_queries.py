@@ -36,7 +36,7 @@ def main() -> None:
     """Parse, generate, write."""
     command = files.parse_command_line(Command, None, Command())
     files.log_to_stderr()
-    run_job(command, Job("query", (QUERY,), texts=1, least=1, words=(2, 20), keep=not command.overwrite))
+    run_job(command, Job("query", (QUERY,), texts=1, least=1, words=(2, 16), keep=not command.overwrite))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ SYSTEM = (
 )
 # One view each: what was open, how it was approached, what came out, what follows, and all of it in short. Plain enough for small models.
 VIEWS = {
-    "problem": "In one sentence: which problem or open question is this about, and why does it matter?",
-    "method": "In one sentence: how was the question approached, with which material, data or idea?",
-    "finding": "In one sentence: what is the main result, as concretely as the abstract tells it?",
-    "consequence": "In one sentence: what follows from the result for this particular subject?",
-    "whole": "In one sentence, for a colleague from another field: question, approach and result in short.",
+    "problem": "Write one sentence about what was unknown, disputed or difficult here, and why that matters.",
+    "method": "Write one sentence about what was done here to find out: with which material, data or idea.",
+    "finding": "Write one sentence about the main result, as concretely as the abstract tells it.",
+    "consequence": "Write one sentence about what follows from the result for this particular subject.",
+    "whole": "Write one sentence that tells a colleague from another field all of this in short: question, approach and result.",
 }
 # The same in one request; the views keep the sentences apart.
 ALL_AT_ONCE = (
@@ -52,7 +52,7 @@ def main() -> None:
     files.log_to_stderr()
     prompts = [Prompt("all at once", SYSTEM, ALL_AT_ONCE)] if command.structured else [Prompt(name, SYSTEM, task) for name, task in VIEWS.items()]
     texts = command.summaries_per_abstract
-    run_job(command, Job("summaries", tuple(prompts), texts, least=2, words=(6, 80), self_contained=True, at_once=command.structured))
+    run_job(command, Job("summaries", tuple(prompts), texts, least=2, words=(6, 80), at_once=command.structured))
 
 
 if __name__ == "__main__":

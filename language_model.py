@@ -41,7 +41,7 @@ LONGEST_RETRY_AFTER = 120.0  # seconds that a server may make a request wait
 GONE = (50, 60.0)  # failures in a row, and seconds without any answer if there ever was one, after which a run ends
 GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight: they are paid
 SAME_WORDS = 0.8  # share of common words (Jaccard) from which two texts count as the same [ours]
-COPIED = 0.7  # share of its word 5-grams in the abstract from which a text counts as copied [ours]
+COPIED = 0.7  # share of its word 5-grams in a source from which a text counts as copied [ours]
 CHARS_PER_TOKEN = 4  # rule of thumb for English, for --estimate only
 
 
@@ -63,7 +63,6 @@ class Job:
     texts: int  # texts wanted of a paper
     least: int  # papers with fewer are left out of the output
     words: tuple[int, int]  # fewest and most words of a text
-    self_contained: bool = False  # refuse texts that speak of "this study" or "we"
     at_once: bool = False  # one request with a JSON schema for all missing texts of a paper
     keep: bool = False  # leave papers alone that have something under `key` already
 
@@ -123,8 +122,9 @@ _REFUSAL = re.compile(
 )
 _ABOUT_STUDY = re.compile(
     r"\b(?:[Ww]e|[Oo]urs?|[Tt]he (?:authors?|researchers|investigators))\b"
-    r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+ )?(?:study|studies|paper|article|manuscript)\b"
-    r"|\b[Tt]his (?:\w+ )?(?:work|research|review|investigation|analysis|experiment|abstract)\b|\b[Tt]he (?:scientific|given) abstract\b"
+    r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+ )?(?:study|studies|paper|article|manuscript|report|summary)\b"
+    r"|\b[Tt]his (?:\w+ )?(?:work|research|review|investigation|analysis|experiment|abstract|text)\b"
+    r"|\b[Tt]he (?:scientific|given) abstract\b|\b[Oo]ne[- ]sentence\b"
 )
 
 
@@ -158,7 +158,9 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
         "several lines": lambda: "\n" in text,
         "too short": lambda: len(text.split()) < job.words[0],
         "too long": lambda: len(text.split()) > job.words[1],
-        "speaks of the study": lambda: job.self_contained and _ABOUT_STUDY.search(text),
+        "repeats the prompt": lambda: copied(text, " ".join(f"{prompt.system} {prompt.task}" for prompt in job.prompts)),
+        "speaks of the study": lambda: _ABOUT_STUDY.search(text),
+        "a question": lambda: job.key == "summaries" and text.endswith("?"),
         "copies the title": lambda: alike(text, paper.title),
         "copies the abstract": lambda: copied(text, paper.abstract),
         "near-duplicate": lambda: any(alike(text, other) for other in others),
@@ -166,19 +168,24 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
     return next((reason for reason, applies in reasons.items() if applies()), None)
 
 
-def copied(text: str, abstract: str) -> bool:
-    """Whether most word 5-grams of a text stand in the abstract; a text of fewer than eight words is compared with whole sentences instead."""
-    words, source = _words(text).split(), _words(abstract)
+def copied(text: str, source: str) -> bool:
+    """Whether most word 5-grams of a text stand in the source; a text of fewer than eight words is compared with whole sentences instead."""
+    words, whole = _words(text).split(), _words(source)
     if len(words) < 8:
-        return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?])\s+", abstract))
-    found = [f" {' '.join(words[i : i + 5])} " in source for i in range(len(words) - 4)]
+        return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?:])\s+", source))
+    found = [f" {' '.join(words[i : i + 5])} " in whole for i in range(len(words) - 4)]
     return sum(found) >= COPIED * len(found)
 
 
 def alike(one: str, two: str) -> bool:
     """Whether two texts consist of nearly the same words."""
-    a, b = set(_words(one).split()), set(_words(two).split())
+    a, b = _word_set(one), _word_set(two)
     return len(a & b) >= SAME_WORDS * max(1, len(a | b))
+
+
+@functools.lru_cache(1024)
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(_words(text).split())
 
 
 @functools.lru_cache(1024)

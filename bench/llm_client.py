@@ -29,7 +29,7 @@ from generate_train_summaries import SYSTEM, VIEWS  # noqa: E402
 from language_model import Answers, Flags, Job, Prompt, Run  # noqa: E402
 
 CONCURRENCY, LATENCY = 256, 0.2
-OURS, THEIRS = 24 * CONCURRENCY, 6 * CONCURRENCY  # requests; the peer is slower and needs fewer
+OURS, THEIRS = 40 * CONCURRENCY, 6 * CONCURRENCY  # requests; the peer is slower and needs fewer
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def make_run(folder: Path, url: str, requests: int) -> Run:
     (folder / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers), encoding="utf-8")
     flags = Flags(folder / "papers.jsonl", folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY)
     prompts = tuple(Prompt(name, SYSTEM, task) for name, task in VIEWS.items())
-    return Run(flags, Job("summaries", prompts, 4, 2, (6, 80), self_contained=True), Answers(folder / "journal.jsonl"))
+    return Run(flags, Job("summaries", prompts, 4, 2, (6, 80)), Answers(folder / "journal.jsonl"))
 
 
 def timed(work: Callable[[], Coroutine[Any, Any, None]], requests: int) -> tuple[float, float, float]:

@@ -37,7 +37,8 @@ from generate_train_summaries import VIEWS
 from language_model import Flags, Job, Prompt, alike, clean, judge, parse_texts, read_answer, retry_after
 from load_data import Paper, normalise
 
-JOB = Job("summaries", (Prompt("p", "s", "t"),), texts=4, least=2, words=(6, 80), self_contained=True)
+TASK = "Write one sentence about the main result: as concretely as it can be told."
+JOB = Job("summaries", (Prompt("p", "Answer with the sentence only.", TASK),), texts=4, least=2, words=(6, 80))
 ABSTRACT = (
     "Zebra mussels clog the water intakes of power plants along large rivers. Regular heat treatment of the intake pipes at 40 degrees kills nine of ten "
     "mussels within an hour. Costs fell by half in three plants."
@@ -129,6 +130,10 @@ def test_half_a_surrogate_pair_does_not_get_through() -> None:
         ("Warm water, the authors say, removes most bivalves from river pipes.", "speaks of the study"),
         ("Warm water removes most bivalves from pipes, as we could show.", "speaks of the study"),
         ("A recent paper says warm water frees pipes from most bivalves.", "speaks of the study"),
+        ("Does warm water remove most bivalves from the pipes of power stations?", "a question"),
+        ("Write one sentence about the main result, as concretely as it can be told.", "repeats the prompt"),
+        ("As concretely as it can be told.", "repeats the prompt"),
+        ("A one-sentence account of warm water that frees pipes from most bivalves.", "speaks of the study"),
         ("The scientific abstract says warm water frees pipes from most bivalves.", "speaks of the study"),
         ("The abstract theory of groups explains how warm water frees pipes.", None),
         ("Studies of rivers need warm water; the US Army removes bivalves.", None),
@@ -155,9 +160,10 @@ def test_judge_compares_with_the_other_texts_of_the_paper_and_knows_cut_answers(
 
 
 def test_queries_may_be_short_and_may_share_a_phrase_with_the_abstract() -> None:
-    job = Job("query", (Prompt("p", "s", "t"),), texts=1, least=1, words=(2, 20))
+    job = Job("query", (Prompt("p", "s", "t"),), texts=1, least=1, words=(2, 16))
     assert judge("heat treatment of the intake pipes", PAPER, [], job) is None
-    assert judge("our zebra mussel study", PAPER, [], job) is None
+    assert judge("how do zebra mussels die?", PAPER, [], job) is None
+    assert judge("paper on zebra mussels by the authors", PAPER, [], job) == "speaks of the study"
     assert judge("mussels", PAPER, [], job) == "too short"
     assert judge("heat against zebra mussels power plants", PAPER, [], job) == "copies the title"
 
