@@ -47,6 +47,12 @@ def make_paper(number: int, **changes: Any) -> dict[str, Any]:
     return paper | changes
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may ask the Hub, whatever the environment says."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tests run side by side on few cores: torch's threads would wait for each other."""

