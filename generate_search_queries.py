@@ -17,10 +17,9 @@ from language_model import Flags, Job, Prompt, run_job
 # A query by somebody who wants this very paper's content and does not know the paper: their words, not the title's, and specific enough to find it first.
 QUERY = Prompt(
     "query",
-    "You write search queries as researchers type them into the search box of a library: 3 to 12 plain words, no quotation marks, no operators, no full "
-    "sentence. Answer with the query only.",
-    "Write the query of somebody who looks for exactly the findings of this paper without knowing that it exists. Name what is specific to it. Use your own "
-    "words and do not repeat the title.",
+    "You write short search queries, as researchers type them into the search box of a library.",
+    "Write a search query of 4 to 10 words for the main finding above, as somebody would type it who does not know this paper: plain and specific words on one "
+    "line, no sentence, not the title. Answer with the query only.",
 )
 
 

@@ -14,25 +14,22 @@ from dataclasses import dataclass
 import files
 from language_model import Flags, Job, Prompt, run_job
 
-# What every summary must be: one sentence that stands alone. Read without the abstract it must still say which paper it belongs to.
-SYSTEM = (
-    "You write one-sentence summaries of scientific papers. A summary is a single declarative English sentence of 12 to 40 words that can be understood "
-    "on its own. It names the specific subject, materials, places or methods, so that it fits this paper and no other. It states things as facts about the "
-    "world: it never mentions a study, a paper, an abstract, authors or researchers, and never says we or our. It uses other words than the title and the "
-    "abstract wherever that is possible. Answer with the sentence only: no introduction, no quotation marks, no list, no markdown."
-)
-# One view each: what was open, how it was approached, what came out, what follows, and all of it in short. Plain enough for small models.
+# What every summary must be: one sentence that stands alone, so that read without the abstract it still says which paper it belongs to. The demands are few and
+# the last stands in the task: small models follow what they read last, and copy or ignore long instructions.
+SYSTEM = "You write short factual sentences about science: in your own words, specific, and understandable alone."
+FORM = 'as a fact in one sentence of at most 40 words. Begin with its subject, not with "the study" or "this paper".'
+# One view each: what came out, why it matters, how it was found, what follows, and all of it in short.
 VIEWS = {
-    "problem": "Write one sentence about what was unknown, disputed or difficult here, and why that matters.",
-    "method": "Write one sentence about what was done here to find out: with which material, data or idea.",
-    "finding": "Write one sentence about the main result, as concretely as the abstract tells it.",
-    "consequence": "Write one sentence about what follows from the result for this particular subject.",
-    "whole": "Write one sentence that tells a colleague from another field all of this in short: question, approach and result.",
+    "finding": f"State the main finding above {FORM}",
+    "importance": f"State why the subject above is important or difficult {FORM}",
+    "method": f"State which material, data or method led to the finding above {FORM}",
+    "consequence": f"State what the finding above means for its subject in practice {FORM}",
+    "whole": f"State subject, approach and finding of the above together {FORM}",
 }
 # The same in one request; the views keep the sentences apart.
 ALL_AT_ONCE = (
-    "Write {n} such sentences, each with another view (problem, approach, main result, what follows from it, the whole) and in different words. "
-    'Answer with JSON only: {"texts": ["...", "..."]} with exactly {n} strings.'
+    "Write {n} different sentences, each with another view of the above: its finding, its importance, its method, what follows from it, the whole. "
+    f'State each {FORM} Answer with JSON only: {{"texts": ["...", "..."]}} with exactly {{n}} strings.'
 )
 
 

@@ -120,6 +120,12 @@ _REFUSAL = re.compile(
     r"|.*\bas an? (?:ai|(?:large )?language model)\b",
     re.I | re.S,
 )
+_REPORTED = re.compile(  # "The study shows that ...": what it shows is the text
+    r"(?:(?:the|this|these|a|an|our) )?(?:\w+ ){0,2}(?:study|paper|article|abstract|research|work|results?|findings?|authors|researchers|conclusion)"
+    r"(?: (?:of|in) (?:the|this) (?:\w+ )?(?:study|paper|article|abstract|research))?"
+    r" (?:also )?(?:is|was|shows?|showed|finds?|found|reveals?|revealed|suggests?|suggested|demonstrates?|demonstrated|indicates?|concludes?|concluded) that ",
+    re.I,
+)
 _ABOUT_STUDY = re.compile(
     r"\b(?:[Ww]e|[Oo]urs?|[Tt]he (?:authors?|researchers|investigators))\b"
     r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+ )?(?:study|studies|paper|article|manuscript|report|summary)\b"
@@ -146,7 +152,9 @@ def _bare(line: str) -> str:
     line = re.sub(r"(?<!\w)\*(?=\S)([^*]+)(?<=\S)\*(?!\w)", r"\1", " ".join(line.split()))
     line = _LABEL.sub("", _MARK.sub("", line))
     quoted = _QUOTED.fullmatch(line)
-    return quoted[2].strip() if quoted else line
+    line = quoted[2].strip() if quoted else line
+    reported = _REPORTED.match(line)
+    return line[reported.end() :][:1].upper() + line[reported.end() + 1 :] if reported else line
 
 
 def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = False) -> str | None:
@@ -158,7 +166,7 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
         "several lines": lambda: "\n" in text,
         "too short": lambda: len(text.split()) < job.words[0],
         "too long": lambda: len(text.split()) > job.words[1],
-        "repeats the prompt": lambda: copied(text, " ".join(f"{prompt.system} {prompt.task}" for prompt in job.prompts)),
+        "repeats the prompt": lambda: any(_shares_words(text, f"{prompt.system} {prompt.task}") for prompt in job.prompts),
         "speaks of the study": lambda: _ABOUT_STUDY.search(text),
         "a question": lambda: job.key == "summaries" and text.endswith("?"),
         "copies the title": lambda: alike(text, paper.title),
@@ -175,6 +183,12 @@ def copied(text: str, source: str) -> bool:
         return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?:])\s+", source))
     found = [f" {' '.join(words[i : i + 5])} " in whole for i in range(len(words) - 4)]
     return sum(found) >= COPIED * len(found)
+
+
+def _shares_words(text: str, prompt: str, n: int = 4) -> bool:
+    """Whether n words in a row stand in both."""
+    words, whole = _words(text).split(), _words(prompt)
+    return any(f" {' '.join(words[i : i + n])} " in whole for i in range(len(words) - n + 1))
 
 
 def alike(one: str, two: str) -> bool:
@@ -548,6 +562,8 @@ class Run:
         left, tokens = [], answer.tokens
         for slot, text in zip(slots, map(clean, texts), strict=False):
             cut = answer.cut and not (self.job.at_once and text)  # of a cut list the whole texts are good
+            if self.job.key == "query":  # what follows on further lines explains the query
+                text, cut = text.partition("\n")[0], cut and "\n" not in text
             reason = judge(text, work.paper, work.texts.values(), self.job, cut)
             row = {"key": work.keys[slot], "id": work.paper.id, "slot": slot, "text": text, "prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
             self.answers.add(row | ({"rejected": reason} if reason else {}))

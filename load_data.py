@@ -213,8 +213,9 @@ def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
     return max(1, sum(paper.visits for paper in papers) // batch_size)
 
 
-def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> list[tuple[str, str]]:
-    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of it drawn at random.
+def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int, joined_share: float = 0.0) -> list[tuple[str, str]]:
+    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of it drawn at random; in `joined_share` of the pairs the
+    positive is all its other summaries in one text.
 
     A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run sees the same batches. `step` counts from 0.
     """
@@ -225,11 +226,14 @@ def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int) -> l
     if len(chosen) == 1:  # one paper's visits filled the batch: a pair needs a negative
         chosen += [other for other in order.tolist() if other != chosen[0]][:1]
     draw = np.random.default_rng([seed, epoch, place + 1])
-    return [_draw_pair(papers[i].summaries, draw) for i in chosen]
+    return [_draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
 
 
-def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator) -> tuple[str, str]:
+def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float) -> tuple[str, str]:
     first, second = draw.choice(len(summaries), size=2, replace=False)
+    if joined_share and draw.random() < joined_share:
+        others = [i for i in draw.permutation(len(summaries)) if i != first]
+        return summaries[first], " ".join(summaries[i] for i in others)
     return summaries[first], summaries[second]
 
 

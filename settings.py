@@ -46,6 +46,7 @@ class Settings:
     margin: float | None = None  # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.1 cosine [ours]
     temperature: float | None = None  # InfoNCE temperature in units of the distance; None: 1.0 euclidean [ours], 0.07 cosine [A]
     batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
+    joined_share: float = 0.0  # share of the pairs whose positive is all other summaries of the paper in one text, as long as abstracts are; 0: none [A: none]
     max_steps: int = 40_000  # optimizer steps at most [A: 40 epochs of 1,000 batches]
     learning_rate: float = 2e-5  # AdamW's peak learning rate [A]
     weight_decay: float = 1e-4  # AdamW's weight decay [A]
@@ -145,6 +146,7 @@ def complete(settings: Settings) -> Settings:
     _check("seed", settings.seed < 2**63, "below 2^63")
     for name in ("learning_rate", "temperature"):
         _check(name, 0 < getattr(settings, name) < float("inf"), "positive")
+    _check("joined_share", 0 <= settings.joined_share <= 1, "between 0 and 1")
     _check("start_share", 0 <= settings.start_share < 1, "at least 0 and below 1")
     _check("validation_share", 0 < settings.validation_share < 1, "between 0 and 1")
     return settings

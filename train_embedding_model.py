@@ -147,7 +147,7 @@ class _Trainer:
     def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
         """One optimizer step on the pairs of step number `progress.step`."""
         settings, progress = self.settings, self.progress
-        pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size)
+        pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size, settings.joined_share)
         ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length)
         self.encoder.model.train()
         with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):

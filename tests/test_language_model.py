@@ -71,6 +71,9 @@ GOOD = "Warming the pipes that feed river power stations removes most invasive b
         f"<think>The user wants one sentence.\nSo:</think>\n{GOOD}",
         f"Here is a summary:\n\n1) **\u201c{GOOD}\u201d**",
         GOOD.replace(" ", " \t\x00 "),
+        f"This study shows that {GOOD[0].lower()}{GOOD[1:]}",
+        f"The main finding of the paper is that {GOOD}",
+        f"Summary: The authors also found that {GOOD}",
     ],
 )
 def test_clean_leaves_the_text_alone_of_an_answer(raw: str) -> None:
@@ -86,6 +89,9 @@ def test_clean_leaves_the_text_alone_of_an_answer(raw: str) -> None:
         "Gene p53* is expressed in 2 of 3 cells.",
         "Two lines\nof text stay two lines",
         "A <b> tag and a_name_with_underscores stay.",
+        "The work function of metals that oxidise is low.",
+        "Paper is a material that burns.",
+        "Plants of the study region suggest that rain matters.",
     ],
 )
 def test_clean_leaves_alone_what_belongs_to_the_text(text: str) -> None:
@@ -363,10 +369,10 @@ def test_other_words_of_prompt_or_paper_are_other_texts(generate: Callable[..., 
         versions = generate(papers_file([bare(1)]), server.url).report["prompts"]
         generate(papers_file([bare(1, abstract="Another abstract altogether, of the same paper.")]), server.url)
         assert len(server.requests) == 8
-        monkeypatch.setitem(VIEWS, "problem", "Another task.")
+        monkeypatch.setitem(VIEWS, "finding", "Another task.")
         changed = generate(papers_file([bare(1)]), server.url).report["prompts"]
     assert len(server.requests) == 9
-    assert {name for name in versions if versions[name] != changed[name]} == {"problem"}
+    assert {name for name in versions if versions[name] != changed[name]} == {"finding"}
 
 
 def test_queries_are_kept_unless_overwritten_and_gzip_is_read_and_written(generate: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -607,7 +613,7 @@ def test_structured_requests_ask_for_all_missing_texts_at_once(generate: Callabl
         first = done.rows()
         assert [numbers(body) for body in server.requests] == [4] * 3
         assert {body["max_tokens"] for body in server.requests} == {480}
-        assert all("Write 4 such sentences" in body["messages"][1]["content"] for body in server.requests)
+        assert all("Write 4 different sentences" in body["messages"][1]["content"] for body in server.requests)
         more = generate(papers_file([bare(i) for i in range(3)]), server.url, structured=True, summaries_per_abstract=6)
         assert [numbers(body) for body in server.requests[3:]] == [2] * 3
     assert [row["summaries"] for row in first] == [row["summaries"][:4] for row in more.rows()]

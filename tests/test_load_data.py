@@ -537,6 +537,23 @@ def test_all_ordered_pairs_of_summaries_are_drawn_equally_often() -> None:
     assert max(found.values()) < 140
 
 
+def test_joined_pairs_hold_every_summary_of_the_paper_once() -> None:
+    """A quarter of 800 pairs is joined (standard deviation 12): one summary against all others; which one is the anchor changes, and so does their order."""
+    papers = [pair_paper(i) for i in range(4)]
+    summaries = {paper.id: set(paper.summaries) for paper in papers}
+    pairs = [pair for step in range(200 * 2) for pair in batch_pairs(papers, 3, step, 2, 0.25)]
+    joined = [pair for pair in pairs if not any(pair[1] in texts for texts in summaries.values())]
+    assert len(pairs) == 800
+    assert 150 < len(joined) < 250
+    for anchor, positive in joined:
+        (texts,) = (texts for texts in summaries.values() if anchor in texts)
+        rest = texts - {anchor}
+        assert positive in {" ".join(order) for order in itertools.permutations(rest)}
+    assert len({anchor for anchor, _ in joined}) == 16
+    assert len(set(joined)) > 60  # of 4 x 4 x 6
+    assert batch_pairs(papers, 3, 5, 2) == batch_pairs(papers, 3, 5, 2, 0.0)
+
+
 def test_equal_summaries_are_never_a_pair(papers_file: Callable[..., Path]) -> None:
     rows = [
         make_paper(0, summaries=["The soil dries.", "the  soil dries", wide("THE SOIL DRIES."), "Rivers fall."]),

@@ -227,6 +227,8 @@ BAD_VALUES = [
     ("weight_decay", "-0.1", "at least 0"),
     ("weight_decay", "nan", "at least 0"),
     ("clip_norm", "-1", "at least 0"),
+    ("joined_share", "-0.1", "between 0 and 1"),
+    ("joined_share", "1.1", "between 0 and 1"),
     ("margin", "-0.5", "at least 0"),
     ("margin", "nan", "at least 0"),
     ("seed", "-1", "at least 0"),
