@@ -11,33 +11,99 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from encoder import BUNDLED_HUB_ID, Encoder, Usage, find_model, load_encoder, read_marker, read_sentence_transformers, small_files
+import transformers
+
+from encoder import BUNDLED_HUB_ID, Encoder, Usage, add_adapter, find_model, load_encoder, read_marker, read_sentence_transformers, select_task, small_files
 from files import UserError
 from settings import Metric, Pooling, Settings
 
 log = logging.getLogger(__name__)
 
+TRANSFORMERS_4 = "transformers==4.57.6"
+# The one command that makes an environment for the models whose own code does not run on transformers 5.
+MAKE_ENVIRONMENT = "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13.0 numpy==2.4.6 tqdm==4.70.1 tyro==1.0.17"
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model as its authors use it. `source` says where the recipe is known from."""
+    """A model as its authors use it; texts are embedded alone, so a title [SEP] abstract input is left out. "unknown" is what no source we could read says."""
 
     hub_id: str
     usage: Usage
-    source: str
+    source: str  # where the usage is known from, and what of it is not
+    licence: str = "unknown"
+    revision: str = "main"  # full commit hash where one is known to hold what the recipe needs
+    remote_code: bool = False  # brings its own Python code
+    environment: str = ""  # packages that it needs instead of requirements.txt's
+    base: str = ""  # recipe of the model that it is an adapter of
+    task: str = ""  # which of its own LoRA adapters is used
 
 
-# Recipe name -> recipe. Max length 512 where the authors name none.
+def _instruct(before_text: str) -> str:
+    return f"Instruct: Given the title of a scientific paper or a search query, retrieve the abstract of the paper\nQuery:{before_text}"
+
+
+# Recipe name -> recipe. Max length 512 where the authors name none. The wording of the task in instructions is ours.
 RECIPES: dict[str, Recipe] = {
-    "all-MiniLM-L6-v2": Recipe(BUNDLED_HUB_ID, Usage("mean", "cosine", 256, normalize=True), "its sentence-transformers files"),
-    "SemCSE": Recipe("CLAUSE-Bielefeld/SemCSE", Usage("cls", "euclidean", 512), "model card"),
-    "SemCSE_cosine": Recipe("CLAUSE-Bielefeld/SemCSE_cosine", Usage("cls", "cosine", 512), "public use; the card could not be read"),
+    "SemCSE": Recipe(
+        "CLAUSE-Bielefeld/SemCSE", Usage("cls", "euclidean", 512), "model card; revision of a public reproduction",
+        revision="d9b1d2858aafc41bc3061854332a490a41ada83e",
+    ),
+    "SemCSE_cosine": Recipe("CLAUSE-Bielefeld/SemCSE_cosine", Usage("cls", "cosine", 512), "authors' main.py and public use; the card could not be read"),
     "SciBERT": Recipe("allenai/scibert_scivocab_uncased", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe"),
-    "SciDeBERTa": Recipe("KISTI-AI/Scideberta-full", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe"),
-    "SPECTER": Recipe("allenai/specter", Usage("cls", "euclidean", 512), "model card"),
-    "SciNCL": Recipe("malteos/scincl", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval"),
-    "SPECTER2": Recipe("allenai/specter2_base", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval"),
-}
+    "SciDeBERTa": Recipe(
+        "KISTI-AI/Scideberta-full", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe", "cc-by-2.0"
+    ),
+    "SPECTER": Recipe("allenai/specter", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval"),
+    "SciNCL": Recipe("malteos/scincl", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval, SemCSE's authors later took cosine"),
+    "SPECTER2_base": Recipe(
+        "allenai/specter2_base", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
+        "3447645e1def9117997203454fa4495937bfbd83",
+    ),
+    "SPECTER2_proximity": Recipe(
+        "allenai/specter2", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
+        "2081559630a80fc5851d8f798a05ba81e9468089", base="SPECTER2_base",
+    ),
+    "all-MiniLM-L6-v2": Recipe(BUNDLED_HUB_ID, Usage("mean", "cosine", 256, normalize=True), "its sentence-transformers files", "apache-2.0"),
+    "Jina-v2": Recipe(
+        "jinaai/jina-embeddings-v2-base-en", Usage("mean", "cosine", 8192), "model card; revision as MTEB", "apache-2.0",
+        "6e85f575bc273f1fd840a658067d0157933c83f0", remote_code=True, environment=TRANSFORMERS_4,
+    ),
+    "Jina-v3": Recipe(
+        "jinaai/jina-embeddings-v3", Usage("mean", "cosine", 8192, normalize=True), "model card; revision as MTEB; the choice of the task is ours",
+        "cc-by-nc-4.0", "215a6e121fa0183376388ac6b1ae230326bfeaed", remote_code=True, environment=f"{TRANSFORMERS_4} einops", task="text-matching",
+    ),
+    "SimCSE": Recipe(
+        "princeton-nlp/sup-simcse-roberta-large", Usage("pooler", "cosine", 128), "authors' tool, its default length too; that the paper means sup- is a guess"
+    ),
+    "NV-Embed-v2": Recipe(
+        "nvidia/NV-Embed-v2", Usage("own", "cosine", 32768, query_prompt=_instruct(" ")), "model card; revision as MTEB", "cc-by-nc-4.0",
+        "7604d305b621f14095a1aa23d351674c2859553a", remote_code=True, environment="transformers==4.42.4",
+    ),
+    "granite-embedding-english-r2": Recipe(
+        "ibm-granite/granite-embedding-english-r2", Usage("cls", "cosine", 8192), "model card; revision as MTEB", "apache-2.0",
+        "6e7b8ce0e76270394ac4669ba4bbd7133b60b7f9",
+    ),
+    "gte-modernbert-base": Recipe(
+        "Alibaba-NLP/gte-modernbert-base", Usage("cls", "cosine", 8192), "model card; revision of public code (MTEB's is gone)", "apache-2.0",
+        "e7f32e3c00f91d699e8c43b53106206bcc72bb22",
+    ),
+    "SciEmbed": Recipe("J0nasW/sciembed-full", Usage("mean", "cosine", 512), "its release; metric unsaid, so sentence-transformers' default", "mit"),
+    "Qwen3-Embedding-0.6B": Recipe(
+        "Qwen/Qwen3-Embedding-0.6B", Usage("last", "cosine", 32768, query_prompt=_instruct("")), "model card; a revision whose tokenizer closes each text",
+        "apache-2.0", "97b0c614be4d77ee51c0cef4e5f07c00f9eb65b3",
+    ),
+}  # fmt: skip
+
+
+def list_of_models() -> str:
+    """The recipes as an aligned table, one a line."""
+    rows = [("name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence")]
+    for name, one in RECIPES.items():
+        usage, code = one.usage, "yes" if one.remote_code else "no"
+        rows.append((name, one.hub_id, usage.pooling, usage.metric, str(usage.max_length), code, one.environment or "-", one.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 @dataclass(frozen=True)
@@ -67,8 +133,11 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
     A model that scales its vectors to length 1 and is switched to another metric by flag is compared by its raw vectors.
 
     Raises:
-        UserError: the model cannot be found, or a flag contradicts its semcse.json.
+        UserError: the model cannot be found, needs another environment or --trust-remote-code, or a flag contradicts its semcse.json.
     """
+    recipe = find_recipe(name)
+    if recipe:
+        _check_environment(name, recipe, settings.trust_remote_code)
     origin, own = _own_usage(name, wanted)
     if origin == "semcse.json":
         _refuse_contradiction(name, own, wanted)
@@ -85,16 +154,37 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
 def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
     """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a model that says nothing."""
     recipe = find_recipe(name)
-    source = find_model(recipe.hub_id if recipe else name)
-    if recipe and not isinstance(source, Path):  # none of the published models has our marker: do not ask the Hub for it
-        return "recipe", asdict(recipe.usage)
-    folder = small_files(source)
-    marker = read_marker(folder)
+    folder = _small_files(name, recipe)
+    marker = read_marker(folder) if folder else None
     if marker:
         return "semcse.json", marker
     if recipe:
         return "recipe", asdict(recipe.usage)
+    assert folder
     return "sentence-transformers files", read_sentence_transformers(folder, wanted.given()) or {}
+
+
+def _small_files(name: str, recipe: Recipe | None) -> Path | None:
+    """The folder of a model's JSON files; None for a recipe's model on the Hub, which is not asked: no published model has our marker."""
+    source = find_model(_whole(recipe).hub_id if recipe else name)
+    return None if recipe and not isinstance(source, Path) else small_files(source)
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """The recipe of the model to load: an adapter's base, or the recipe itself."""
+    return RECIPES[recipe.base] if recipe.base else recipe
+
+
+def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> None:
+    """Refuse what cannot or may not run here, before anything is downloaded."""
+    if recipe.usage.pooling == "own":
+        what = f"model {name} pools by its own code, which needs {recipe.environment} and is not run here"
+        raise UserError(what, f"embed with its authors' code, as the card of {recipe.hub_id} says")
+    if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
+        what = f"model {name} needs {recipe.environment}: its own code does not run on transformers {transformers.__version__}"
+        raise UserError(what, f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with .venv4/bin/python and --trust-remote-code")
+    if recipe.remote_code and not trust_remote_code:
+        raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
 
 
 def _refuse_contradiction(name: str, marker: dict[str, Any], wanted: Wanted) -> None:
@@ -105,28 +195,47 @@ def _refuse_contradiction(name: str, marker: dict[str, Any], wanted: Wanted) -> 
 
 
 def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, dict[str, str]]:
-    """Load a model by recipe name, Hub id or folder, and say where its usage was read (see `usage_of`)."""
+    """Load a model by recipe name, Hub id or folder, and say where its usage was read (see `usage_of`).
+
+    Raises:
+        UserError: it cannot be used or loaded, or brings code that the settings do not allow.
+    """
     usage, origins = usage_of(name, wanted, settings)
+    encoder = _load(name, usage, settings)
     recipe = find_recipe(name)
-    encoder = load_encoder(recipe.hub_id if recipe else name, usage, settings.device, settings.trust_remote_code)
-    encoder.name = name
+    if recipe and recipe.base:
+        add_adapter(encoder, recipe.hub_id, recipe.revision)
+    if recipe and recipe.task:
+        select_task(encoder, recipe.task)
     log.info("%s: %s", name, ", ".join(f"{key} {getattr(encoder.usage, key)} ({origin})" for key, origin in origins.items()))
     return encoder, origins
+
+
+def _load(name: str, usage: Usage, settings: Settings) -> Encoder:
+    recipe = find_recipe(name)
+    place = (_whole(recipe).hub_id, _whole(recipe).revision) if recipe else (name, "main")
+    encoder = load_encoder(place[0], usage, settings.device, settings.trust_remote_code, place[1])
+    encoder.name = name
+    return encoder
 
 
 def load_for_training(settings: Settings) -> Encoder:
     """The encoder that training starts from, used as the settings say, whatever its authors' recipe.
 
     Raises:
-        UserError: its semcse.json names another metric or pooling than the settings.
+        UserError: its semcse.json names another metric or pooling than the settings, or it cannot be trained so.
     """
-    recipe = find_recipe(settings.encoder)
-    name = recipe.hub_id if recipe else settings.encoder
-    marker = read_marker(small_files(find_model(name)))
+    name, recipe = settings.encoder, find_recipe(settings.encoder)
+    if recipe:
+        _check_environment(name, recipe, settings.trust_remote_code)
+        if recipe.base:
+            raise UserError(f"--encoder {name} is an adapter, which one trained folder cannot hold", f"give --encoder {recipe.base}")
+        if recipe.usage.pooling == "last" and settings.pooling == "cls":
+            raise UserError(f"--pooling cls: {name} reads from left to right, so its first token knows nothing of the text", "give --pooling mean")
+    folder = _small_files(name, recipe)
+    marker = read_marker(folder) if folder else None
     for key in ("metric", "pooling"):
         if marker and marker[key] != getattr(settings, key):
-            what = f"--{key} {getattr(settings, key)} contradicts {settings.encoder}, which was trained with {key} {marker[key]} (its semcse.json)"
+            what = f"--{key} {getattr(settings, key)} contradicts {name}, which was trained with {key} {marker[key]} (its semcse.json)"
             raise UserError(what, f"give --{key} {marker[key]}")
-    encoder = load_encoder(name, Usage(settings.pooling, settings.metric, settings.max_length), settings.device, settings.trust_remote_code)
-    encoder.name = settings.encoder
-    return encoder
+    return _load(name, Usage(settings.pooling, settings.metric, settings.max_length), settings)

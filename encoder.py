@@ -1,7 +1,8 @@
 """Encoders: load, pool, embed, save. The only pooling code of the project, and the only code that knows the layout of a model folder.
 
-A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its real tokens. A folder saved here opens with plain
-`transformers.AutoModel` and with `sentence_transformers.SentenceTransformer`, giving the same vectors; `semcse.json` in it says metric, pooling and max length.
+A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its real tokens; models that others trained may also use the
+last token or the pooler's output. A folder saved here opens with plain `transformers.AutoModel` and with `sentence_transformers.SentenceTransformer`, giving
+the same vectors; `semcse.json` in it says metric, pooling and max length.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.activations import get_activation
 from transformers.utils import logging as transformers_logs
 
 import files
@@ -41,13 +44,22 @@ NMT_DROPPED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
 NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 LENGTH_STEP = 8  # padded lengths are multiples of this
+# Where a bottleneck adapter stands in each layer and how it is wired: the adapters library's "seq_bn" ("pfeiffer" before), the only kind computed here.
+SEQ_BN = {
+    "output_adapter": True, "mh_adapter": False, "cross_adapter": False, "original_ln_before": True, "original_ln_after": True, "residual_before_ln": True,
+    "ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False, "inv_adapter": None, "scaling": 1.0,
+}  # fmt: skip
+ADAPTER_KEY = re.compile(r"(?:.*\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.adapter_(down\.0|up)\.(weight|bias)")
+
+# Training's poolings, the last token's state (decoders), and the pooler's output. "own": what only a model's own code computes, which is not run here.
+AnyPooling = Literal[Pooling, "last", "pooler", "own"]
 
 
 @dataclass(frozen=True)
 class Usage:
     """How a model's vectors are made and compared."""
 
-    pooling: Pooling
+    pooling: AnyPooling
     metric: Metric
     max_length: int  # tokens kept of a text, special tokens counted
     query_prompt: str = ""  # put in front of titles and queries
@@ -90,8 +102,8 @@ class Encoder:
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked out: it changes no vector."""
         padded, mask = self._pad(ids)
-        hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
-        vectors = pool(hidden, mask, self.usage.pooling)
+        output = self.model(input_ids=padded, attention_mask=mask)
+        vectors = output.pooler_output if self.usage.pooling == "pooler" else pool(output.last_hidden_state, mask, self.usage.pooling)
         return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -153,7 +165,12 @@ class Encoder:
         Args:
             folder: replaced if it exists.
             base: the encoder that training started from, recorded in the marker.
+
+        Raises:
+            UserError: a model that the two cannot open so (an adapter in it, a pooling that training does not know).
         """
+        if self.usage.pooling not in get_args(Pooling) or any(isinstance(module, AdaptedNorm) for module in self.model.modules()):
+            raise UserError(f"model {self.name} cannot be saved as one folder that others open", "use its own files, or train from its base")
         with files.atomic_path(folder) as partial:
             with _no_library_bars():
                 self.model.save_pretrained(partial)  # type: ignore[operator]
@@ -173,10 +190,12 @@ def _name_tokenizer_class(path: Path) -> None:
         files.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors."""
+def pool(hidden: Tensor, mask: Tensor, pooling: AnyPooling) -> Tensor:
+    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors. "mean" and "last" take left padding too."""
     if pooling == "cls":
         return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden)), (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)]
     weights = mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -268,9 +287,9 @@ def _bundled_folder() -> Path:
     return folder
 
 
-def _hub_folder(hub_id: str, patterns: list[str]) -> Path:
+def _hub_folder(hub_id: str, patterns: list[str], revision: str = "main") -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
         raise UserError(
             f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})", "check the name and the network"
@@ -344,14 +363,14 @@ def _read_max_length(folder: Path) -> dict[str, int]:
     return {}
 
 
-def _read_pooling(path: Path) -> Pooling:
+def _read_pooling(path: Path) -> AnyPooling:
     config = _json_or_empty(path)
-    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
-    on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True] or [modes.get(str(config.get("pooling_mode")), "")]
-    for pooling, key in modes.items():
-        if on == [key]:
-            return cast(Pooling, pooling)
-    raise UserError(f"{path}: pools by neither CLS nor mean", "give --pooling cls or mean")
+    names: dict[str, AnyPooling] = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
+    prefix = "pooling_mode_"
+    on = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True] or [str(config.get("pooling_mode"))]
+    if len(on) == 1 and on[0] in names:
+        return names[on[0]]
+    raise UserError(f"{path}: pools by neither CLS nor mean nor last token", "give --pooling cls or mean")
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
@@ -361,33 +380,112 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False) -> Encoder:
+def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False, revision: str = "main") -> Encoder:
     """Load a model and its tokenizer to be used as `usage` says: float32 whatever the files hold, no remote code unless allowed.
+
+    Args:
+        revision: branch, tag or full commit hash, of models from the Hub.
 
     Raises:
         UserError: it cannot be found or read.
     """
     source = find_model(name)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **origin)
         with _no_library_bars():
-            model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
+            model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **origin)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own errors for bad files
         raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
         raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in loading["missing_keys"] if usage.pooling == "pooler" or not key.startswith("pooler."))
     if missing:
         raise UserError(f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such as {missing[0]})", "check the files")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model {name} holds no tokenizer", "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder")
     tokenizer = _with_nfkc(tokenizer) if type(tokenizer).__name__.startswith("DebertaV2") else tokenizer
     tokenizer.padding_side = "right"  # CLS pooling takes the first position, also for those who open the saved folder
+    if usage.pooling == "last":
+        model.config.use_cache = False  # of keys and values for writing on: a gigabyte a batch for nothing
     limit = _longest_input(model)
     if usage.max_length > limit:
         log.warning("%s: takes %d tokens at most, so max_length is %d", name, limit, limit)
         usage = Usage(**{**asdict(usage), "max_length": limit})
-    return Encoder(name, model.to(choose_device(device)), tokenizer, usage)
+    return Encoder(name, model.to(choose_device(device), torch.float32), tokenizer, usage)  # a model's own code may not heed dtype
+
+
+class AdaptedNorm(nn.Module):
+    """The LayerNorm that ends a layer, with a bottleneck adapter before it: s -> norm(s + bottleneck(norm(s))), s being feed-forward plus residual."""
+
+    def __init__(self, norm: nn.LayerNorm, bottleneck: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.bottleneck = norm, bottleneck
+
+    def forward(self, total: Tensor) -> Tensor:
+        """(n, length, d) -> the same shape."""
+        return cast(Tensor, self.norm(total + self.bottleneck(self.norm(total))))
+
+
+def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
+    """Put a bottleneck adapter that the `adapters` library saved into the layers of a BERT-like encoder, which it changes.
+
+    Args:
+        encoder: the model that the adapter was trained on.
+        name: folder or Hub id that holds adapter_config.json and pytorch_adapter.bin.
+        revision: branch, tag or full commit hash, of adapters from the Hub.
+
+    Raises:
+        UserError: it cannot be found or read, is of another kind than SEQ_BN, or does not fit the model.
+    """
+    folder = Path(name) if Path(name).is_dir() else _hub_folder(name, ["adapter_config.json", "pytorch_adapter.bin"], revision)
+    found = _json_or_empty(folder / "adapter_config.json").get("config")
+    config: dict[str, Any] = found if isinstance(found, dict) else {"output_adapter": None}
+    other = [f"{key} is {config[key]}" for key, value in SEQ_BN.items() if config.get(key, value) != value]
+    if other:
+        raise UserError(f"{folder / 'adapter_config.json'}: {other[0]}", "only bottleneck adapters of the kind seq_bn can be used here")
+    activation: Any = get_activation  # untyped
+    try:
+        weights = torch.load(folder / "pytorch_adapter.bin", map_location="cpu", weights_only=True)
+        bottlenecks = _adapter_layers(weights)
+        layers: Any = encoder.model.encoder.layer  # type: ignore[union-attr]
+        if set(bottlenecks) != set(range(len(layers))) - set(config.get("leave_out") or ()):
+            raise ValueError(f"has adapters for {len(bottlenecks)} layers")
+        for number, own in bottlenecks.items():
+            norm = layers[number].output.LayerNorm
+            bottleneck = nn.Sequential(nn.Linear(len(norm.weight), len(own["0.bias"])), activation(config["non_linearity"]))
+            bottleneck.append(nn.Linear(len(own["0.bias"]), len(norm.weight))).load_state_dict(own)
+            layers[number].output.LayerNorm = AdaptedNorm(norm, bottleneck.to(norm.weight.device))
+    except Exception as error:  # pickle's and torch's many kinds for bad files, KeyError, AttributeError and RuntimeError for what does not fit
+        raise UserError(f"adapter {name} cannot be put into {encoder.name} ({_brief(error)})", "check the files, and that it was made for this model") from None
+
+
+def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Layer number -> state of its bottleneck (0: down, 2: up). Every key must be one of these."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        found = ADAPTER_KEY.fullmatch(key)
+        if not found:
+            raise ValueError(f"has {key}")
+        layers.setdefault(int(found[1]), {})[f"{0 if found[2] == 'down.0' else 2}.{found[3]}"] = tensor
+    return layers
+
+
+def select_task(encoder: Encoder, task: str) -> None:
+    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`).
+
+    Raises:
+        UserError: the model has no such task.
+    """
+    number = getattr(encoder.model, "_adaptation_map", {}).get(task)
+    if number is None:
+        raise UserError(f"model {encoder.name} has no adapter for the task {task}", "check that these are the model's own files")
+
+    def with_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = kwargs["input_ids"]
+        return args, kwargs | {"adapter_mask": torch.full((len(ids),), number, dtype=torch.int32, device=ids.device)}
+
+    encoder.model.register_forward_pre_hook(with_mask, with_kwargs=True)
 
 
 @contextlib.contextmanager

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import sentence
+import transformers
+from conftest import ROOT, sentence
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from baseline_models import RECIPES, Recipe, Wanted, find_recipe, load_for_training, load_model, usage_of
-from encoder import Usage, find_model, load_encoder, read_sentence_transformers
+from baseline_models import MAKE_ENVIRONMENT, RECIPES, Recipe, Wanted, find_recipe, list_of_models, load_for_training, load_model, usage_of
+from encoder import AnyPooling, Encoder, Usage, find_model, load_encoder, read_sentence_transformers
 from files import UserError
-from settings import Metric, Pooling, Settings
+from settings import Metric, Settings
 
 TEXTS = [sentence(*range(3)), sentence(*range(30)), "", sentence(4), sentence(*range(2, 50))]
 SETTINGS = Settings(device="cpu", pooling="cls", metric="euclidean", max_length=60)
@@ -53,7 +57,8 @@ def write_marker(folder: Path, **changes: object) -> None:
 def write_legacy_files(folder: Path, pooling: str = "mean", metric: str | None = "cosine", max_length: int | None = 50, normalize: bool = False) -> None:
     """The files that sentence-transformers 2 to 5 write."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
-    modes = {f"pooling_mode_{mode}": mode == {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}[pooling] for mode in LEGACY_MODES}
+    chosen = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken", "max": "max_tokens"}[pooling]
+    modes = {f"pooling_mode_{mode}": mode == chosen for mode in LEGACY_MODES}
     write(
         folder,
         modules=[{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(kinds)],
@@ -198,11 +203,46 @@ def test_recipes_are_found_by_name_in_any_case_and_by_hub_id(known: str) -> None
 
 
 def test_recipes_are_those_of_the_models_authors() -> None:
-    """Pooling and metric as published; only all-MiniLM scales its vectors."""
-    cls = {name: recipe.usage.metric for name, recipe in RECIPES.items() if recipe.usage.pooling == "cls"}
-    assert cls == dict.fromkeys(("SemCSE", "SciBERT", "SciDeBERTa", "SPECTER", "SciNCL", "SPECTER2"), "euclidean") | {"SemCSE_cosine": "cosine"}
-    assert {name for name, recipe in RECIPES.items() if recipe.usage.normalize} == {"all-MiniLM-L6-v2"}
-    assert all(recipe.usage.max_length == 512 for name, recipe in RECIPES.items() if name != "all-MiniLM-L6-v2")
+    """All systems of the paper's table, and today's choices: pooling and metric as published, role prompts, scaling, own code and environment."""
+    uses: dict[tuple[str, str], set[str]] = {}
+    for name, recipe in RECIPES.items():
+        uses.setdefault((recipe.usage.pooling, recipe.usage.metric), set()).add(name)
+    assert uses == {
+        ("cls", "euclidean"): {"SemCSE", "SciBERT", "SciDeBERTa", "SPECTER", "SciNCL", "SPECTER2_base", "SPECTER2_proximity"},
+        ("cls", "cosine"): {"SemCSE_cosine", "granite-embedding-english-r2", "gte-modernbert-base"},
+        ("mean", "cosine"): {"all-MiniLM-L6-v2", "Jina-v2", "Jina-v3", "SciEmbed"},
+        ("pooler", "cosine"): {"SimCSE"},
+        ("last", "cosine"): {"Qwen3-Embedding-0.6B"},
+        ("own", "cosine"): {"NV-Embed-v2"},
+    }
+    assert all(recipe.usage.max_length == 512 for recipe in RECIPES.values() if recipe.usage.metric == "euclidean")
+    assert {name for name, recipe in RECIPES.items() if recipe.usage.normalize} == {"all-MiniLM-L6-v2", "Jina-v3"}
+    assert {name for name, recipe in RECIPES.items() if recipe.usage.query_prompt} == {"Qwen3-Embedding-0.6B", "NV-Embed-v2"}
+    assert not [name for name, recipe in RECIPES.items() if recipe.usage.document_prompt]
+    own_code = {name for name, recipe in RECIPES.items() if recipe.remote_code}
+    assert own_code == {name for name, recipe in RECIPES.items() if recipe.environment} == {"Jina-v2", "Jina-v3", "NV-Embed-v2"}
+
+
+def test_pinned_revisions_are_full_commit_hashes() -> None:
+    """The Hub takes no shortened ones."""
+    pinned = {name: recipe.revision for name, recipe in RECIPES.items() if recipe.revision != "main"}
+    assert len(pinned) == len(set(pinned.values())) > 5
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in pinned.values())
+
+
+def test_the_list_of_models_is_an_aligned_table() -> None:
+    head, *rows = list_of_models().splitlines()
+    names = ["name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence"]
+    starts = [head.index(name) for name in names]
+    assert [name for name in names if re.search(rf"(^|  ){name}($|  )", head)] == names
+    table = [[row[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)] for row in rows]
+    assert table == [
+        [
+            name, recipe.hub_id, recipe.usage.pooling, recipe.usage.metric, str(recipe.usage.max_length), "yes" if recipe.remote_code else "no",
+            recipe.environment or "-", recipe.licence,
+        ]
+        for name, recipe in RECIPES.items()
+    ]  # fmt: skip
 
 
 def test_the_bundled_encoders_recipe_is_what_its_own_files_say() -> None:
@@ -226,23 +266,329 @@ def test_a_recipe_model_out_of_reach_is_one_line(name: str, monkeypatch: pytest.
     refuses(lambda: load_model(name, Wanted(), SETTINGS), "specter", "network")
 
 
+# What is refused before anything is downloaded
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to the Hub ends the test."""
+
+    def fetch(*words: object, **options: object) -> None:
+        pytest.fail("asked the Hub")
+
+    for place in ("snapshot_download", "AutoTokenizer.from_pretrained", "AutoModel.from_pretrained"):
+        monkeypatch.setattr(f"encoder.{place}", fetch)
+
+
+def in_every_way(name: str, settings: Settings = SETTINGS) -> list[Callable[[], object]]:
+    """A model's use, load and training, each to be called."""
+    training = dataclasses.replace(settings, encoder=name)
+    return [lambda: usage_of(name, Wanted(), settings), lambda: load_model(name, Wanted(), settings), lambda: load_for_training(training)]
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("name", ["Jina-v2", "jinaai/jina-embeddings-v3"])
+def test_models_for_transformers_4_are_refused_with_the_command_to_run(name: str) -> None:
+    recipe = find_recipe(name)
+    assert recipe
+    for call in in_every_way(name, dataclasses.replace(SETTINGS, trust_remote_code=True)):
+        refuses(call, name, "pip install torch==", f" {recipe.environment} ; then", ".venv4/bin/python", "--trust-remote-code")
+
+
+def test_the_environment_for_transformers_4_has_the_versions_of_this_one() -> None:
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    named = re.findall(r"\S+==\S+", MAKE_ENVIRONMENT)
+    assert {"torch", "numpy", "tqdm", "tyro"} == {pin.partition("==")[0] for pin in named}
+    assert set(named) <= set(pins)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("name", ["Jina-v2", "jinaai/jina-embeddings-v3"])
+def test_remote_code_is_refused_in_the_right_environment_too(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    _, load, train = in_every_way(name)
+    refuses(load, name, "--trust-remote-code")
+    refuses(train, name, "--trust-remote-code")
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("version", ["5.23.0", "4.42.4"])
+def test_a_model_that_pools_by_its_own_code_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    for call in in_every_way("NV-Embed-v2", dataclasses.replace(SETTINGS, trust_remote_code=True)):
+        refuses(call, "NV-Embed-v2", "transformers==4.42.4", "nvidia/NV-Embed-v2")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SemCSE", "SemCSE"), ("SPECTER", "SPECTER"), ("SPECTER2_proximity", "SPECTER2_base")])
+def test_a_model_of_the_hub_is_asked_for_at_its_revision(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
+    """An adapter's base is the model to load, at the base's own revision."""
+    asked = []
+
+    def fetch(source: str, **options: Any) -> None:
+        asked.append((source, options["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("encoder.AutoTokenizer.from_pretrained", fetch)
+    refuses(lambda: load_model(name, Wanted(), SETTINGS), "no network")
+    assert asked == [(RECIPES[expected].hub_id, RECIPES[expected].revision)]
+
+
+def test_an_adapter_of_the_hub_is_asked_for_at_its_own_revision(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path) -> None:
+    asked = []
+
+    def fetch(hub_id: str, allow_patterns: list[str], revision: str) -> None:
+        asked.append((hub_id, revision))
+        raise OSError
+
+    monkeypatch.setattr("encoder.snapshot_download", fetch)
+    monkeypatch.setitem(RECIPES, "SPECTER2_base", dataclasses.replace(RECIPES["SPECTER2_base"], hub_id=str(tiny_bert)))
+    refuses(lambda: load_model("SPECTER2_proximity", Wanted(), SETTINGS), "allenai/specter2", "network")
+    assert asked == [("allenai/specter2", RECIPES["SPECTER2_proximity"].revision)]
+
+
+# Each recipe on a tiny random checkpoint with the files and layout of the published one, beside a plain computation of it
+
+
+LONG = sentence(*range(150))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path, **changes: Any) -> Encoder:
+    """The recipe `name` loaded from `folder` instead of from the Hub."""
+    monkeypatch.setitem(RECIPES, name, dataclasses.replace(RECIPES[name], hub_id=str(folder), environment="", **changes))
+    model, origins = load_model(name, Wanted(), dataclasses.replace(SETTINGS, trust_remote_code=True))
+    assert set(origins.values()) == {"recipe"}
+    return model
+
+
+def write_bpe(folder: Path, special: Sequence[str]) -> Any:
+    """A byte-level BPE tokenizer's vocab.json and merges.txt, special tokens first; returns it."""
+    folder.mkdir()
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([sentence(*range(40))], trainers.BpeTrainer(vocab_size=330, special_tokens=list(special), initial_alphabet=alphabet))
+    tokenizer.model.save(str(folder))
+    return tokenizer
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def make(model_class: Any, config_class: Any, **options: Any) -> Any:
+    """A random model in evaluation mode, its weights large enough for texts to differ clearly."""
+    torch.manual_seed(0)
+    return model_class(config_class(vocab_size=340, initializer_range=0.1, **SIZES, **options)).eval()
+
+
+def plain_model(model_class: Any, folder: Path) -> Any:
+    """The reference: a class of transformers, in evaluation mode and float32."""
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def plain_tokenizer(folder: Path, **options: Any) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def each_alone(model: Any, tokenizer: Any, texts: Sequence[str], length: int, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """`pick` of the last hidden states (tokens, d) of each text alone, so without any padding."""
+    ids = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"] for text in texts]
+    return torch.stack([pick(model(input_ids=one).last_hidden_state[0]) for one in ids])
+
+
+def check_vectors(model: Encoder, expected: Tensor, texts: Sequence[str], prompt: str = "") -> None:
+    torch.testing.assert_close(model.embed(texts, prompt).vectors, expected, rtol=0, atol=1e-5)
+    assert torch.cdist(expected, expected).fill_diagonal_(9).min() > 1e-3, "the reference must tell the texts apart"
+
+
+def first(states: Tensor) -> Tensor:
+    return states[0]
+
+
+@pytest.mark.parametrize("name", ["SciBERT", "SPECTER", "SciNCL", "SPECTER2_base"])
+def test_bert_as_pickled_weights_and_a_vocabulary(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tmp_path: Path, name: str) -> None:
+    """config.json, pytorch_model.bin and vocab.txt are all there is; the tokenizer lower-cases by default."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for file in ("config.json", "vocab.txt"):
+        shutil.copy(tiny_bert / file, folder)
+    plain = plain_model(transformers.BertModel, tiny_bert)
+    torch.save(plain.state_dict(), folder / "pytorch_model.bin")
+    texts = [*TEXTS, LONG, "Soil RIVER"]
+    vocabulary = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().splitlines())}
+    expected = each_alone(plain, plain_tokenizer(tiny_bert), texts[:-1], 64, first)
+    by_hand = plain(input_ids=torch.tensor([[vocabulary[word] for word in ("[CLS]", "soil", "river", "[SEP]")]])).last_hidden_state[0, :1].detach()
+    check_vectors(stand_in(monkeypatch, name, folder), torch.cat([expected, by_hand]), texts)
+
+
+@pytest.mark.parametrize("name", ["SemCSE", "SemCSE_cosine", "SciDeBERTa"])
+def test_deberta_as_half_weights_and_a_sentencepiece_model(monkeypatch: pytest.MonkeyPatch, tiny_deberta: Path, name: str) -> None:
+    tokenizer = plain_tokenizer(tiny_deberta)
+    plain = plain_model(transformers.DebertaV2Model, tiny_deberta)
+    texts = [*TEXTS, sentence(*range(300))]
+    check_vectors(stand_in(monkeypatch, name, tiny_deberta), each_alone(plain, tokenizer, texts, 512, first), texts)
+
+
+def test_roberta_with_its_pooler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SimCSE: vocab.json, merges.txt and pickled weights; the vector is tanh(W h + b) of the first token's state h, cut at 128 tokens."""
+    folder = tmp_path / "roberta"
+    write_bpe(folder, ("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+    plain = make(transformers.RobertaModel, transformers.RobertaConfig, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
+    plain.config.save_pretrained(folder)
+    torch.save(plain.state_dict(), folder / "pytorch_model.bin")
+    texts = [*TEXTS, LONG]
+    tokenizer = plain_tokenizer(folder)
+    states = each_alone(plain, tokenizer, texts, 128, first)
+    weight, bias = plain.state_dict()["pooler.dense.weight"], plain.state_dict()["pooler.dense.bias"]
+    model = stand_in(monkeypatch, "SimCSE", folder)
+    check_vectors(model, torch.tanh(states @ weight.T + bias), texts)
+    longer = [len(tokenizer(text)["input_ids"]) > 128 for text in texts]
+    assert model.embed(texts).cut == sum(longer) > 0
+
+
+@pytest.mark.parametrize("name", ["granite-embedding-english-r2", "gte-modernbert-base", "SciEmbed"])
+def test_modernbert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """tokenizer.json and safetensors; layers with a window of 8 tokens between full ones, so that padding inside a window would show."""
+    folder = tmp_path / "modernbert"
+    tokenizer = write_bpe(folder, ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {f"{word}_token": f"[{word.upper()}]" for word in ("cls", "sep", "pad", "unk", "mask")}
+    write(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, **special})
+    ids = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+    plain = make(transformers.ModernBertModel, transformers.ModernBertConfig, max_position_embeddings=8192, local_attention=8, **ids)
+    plain.save_pretrained(folder)
+    texts = [*TEXTS, sentence(*range(600))]
+    pick = (lambda states: states.mean(dim=0)) if RECIPES[name].usage.pooling == "mean" else first
+    fast: Any = transformers.PreTrainedTokenizerFast
+    loaded = plain_model(transformers.ModernBertModel, folder)
+    expected = each_alone(loaded, fast(tokenizer_object=tokenizer, **special), texts, RECIPES[name].usage.max_length, pick)
+    model = stand_in(monkeypatch, name, folder)
+    check_vectors(model, expected, texts)
+    assert model.embed(texts).cut == (name == "SciEmbed")
+
+
+def test_decoder_with_the_last_token_and_an_instruction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Qwen3: tokenizer.json closes each text with <|endoftext|>; the model card pads on the left and takes the last position. Queries only are instructed."""
+    folder = tmp_path / "qwen"
+    tokenizer = write_bpe(folder, ("<|endoftext|>", "<|im_end|>"))
+    closed = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), closed])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 131072})
+    make(transformers.Qwen3Model, transformers.Qwen3Config, num_key_value_heads=1, head_dim=16, max_position_embeddings=32768).save_pretrained(folder)
+    model = stand_in(monkeypatch, "Qwen3-Embedding-0.6B", folder)
+    instruction = model.usage.query_prompt
+    assert re.fullmatch(r"Instruct: .+\nQuery:", instruction)
+    assert model.model(input_ids=torch.tensor([[5, 0]])).past_key_values is None, "a cache for generation would fill the memory"
+    card = plain_tokenizer(folder, padding_side="left")
+    plain = plain_model(transformers.Qwen3Model, folder)
+    for prompt in ("", instruction):
+        batch = card([prompt + text for text in TEXTS], padding=True, return_tensors="pt")
+        assert batch["input_ids"][:, -1].tolist() == [0] * len(TEXTS), "the closing token"
+        with torch.no_grad():
+            check_vectors(model, plain(**batch).last_hidden_state[:, -1], TEXTS, prompt)
+
+
+def with_own_code(folder: Path, tiny_bert: Path, body: str) -> Path:
+    """A BERT folder whose model type, "bert", transformers knows too, but which brings its own model class, as Jina's do."""
+    shutil.copytree(tiny_bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, config=config | {"auto_map": {"AutoConfig": "own_jina.OwnConfig", "AutoModel": "own_jina.OwnModel"}})
+    head = "import torch\nfrom transformers import BertConfig, BertModel\n\nclass OwnConfig(BertConfig):\n    pass\n\nclass OwnModel(BertModel):\n"
+    (folder / "own_jina.py").write_text(f"{head}    config_class = OwnConfig\n{body}")
+    return folder
+
+
+@pytest.fixture
+def own_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Models' own code is copied to a folder of the test's."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_own_code_is_what_makes_the_vectors(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tmp_path: Path) -> None:
+    """Jina v2: mean pooling of what its own class returns."""
+    body = """
+    def forward(self, input_ids=None, attention_mask=None):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        output.last_hidden_state = output.last_hidden_state * torch.arange(1, 33)
+        return output
+"""
+    plain = plain_model(transformers.BertModel, tiny_bert)
+    tokenizer = plain_tokenizer(tiny_bert)
+    expected = each_alone(plain, tokenizer, TEXTS, 64, lambda states: states.mean(dim=0) * torch.arange(1, 33))
+    check_vectors(stand_in(monkeypatch, "Jina-v2", with_own_code(tmp_path / "jina", tiny_bert, body)), expected, TEXTS)
+
+
+LORA = """
+    _adaptation_map = {"retrieval.query": 0, "retrieval.passage": 1, "separation": 2, "classification": 3, "text-matching": 4}
+
+    def forward(self, input_ids=None, attention_mask=None, adapter_mask=None):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        assert adapter_mask.dtype == torch.int32
+        output.last_hidden_state = output.last_hidden_state * (adapter_mask[:, None, None] + torch.arange(32))
+        return output
+"""
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_own_lora_adapter_is_switched_on(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tmp_path: Path) -> None:
+    """Jina v3: `adapter_mask` names the task text-matching for each text; mean pooling, scaled to length 1."""
+    plain = plain_model(transformers.BertModel, tiny_bert)
+    pooled = each_alone(plain, plain_tokenizer(tiny_bert), TEXTS, 64, lambda states: states.mean(dim=0) * torch.arange(4, 36))
+    folder = with_own_code(tmp_path / "jina", tiny_bert, LORA)
+    check_vectors(stand_in(monkeypatch, "Jina-v3", folder), pooled / pooled.norm(dim=1, keepdim=True), TEXTS)
+    refuses(lambda: stand_in(monkeypatch, "Jina-v3", tiny_bert), "Jina-v3", "text-matching")
+    refuses(lambda: stand_in(monkeypatch, "Jina-v3", folder, task="no-such-task"), "no-such-task")
+
+
+def test_an_adapter_stands_on_its_base(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tmp_path: Path) -> None:
+    """SPECTER2's proximity adapter, here one that adds a constant b before each layer's last LayerNorm; both are found in folders.
+
+    test_encoder.py compares adapters with the whole computation.
+    """
+    adapter = tmp_path / "adapter"
+    write_zero_adapter(adapter, bias=torch.linspace(-0.2, 0.2, 32))
+    plain = plain_model(transformers.BertModel, tiny_bert)
+    for layer in plain.encoder.layer:
+        layer.output.dense.bias.data += torch.linspace(-0.2, 0.2, 32)
+    expected = each_alone(plain, plain_tokenizer(tiny_bert), TEXTS, 64, first)
+    monkeypatch.setitem(RECIPES, "SPECTER2_base", dataclasses.replace(RECIPES["SPECTER2_base"], hub_id=str(tiny_bert)))
+    model = stand_in(monkeypatch, "SPECTER2_proximity", adapter)
+    check_vectors(model, expected, TEXTS)
+    assert model.name == "SPECTER2_proximity"
+    base, _ = load_model("SPECTER2_base", Wanted(), SETTINGS)
+    assert (base.embed(TEXTS).vectors - expected).abs().max() > 0.1, "the base alone must differ"
+
+
+def write_zero_adapter(folder: Path, bias: Tensor) -> None:
+    """An adapter for two layers that adds `bias` whatever its input."""
+    folder.mkdir()
+    write(folder, adapter_config={"config": {"non_linearity": "relu", "original_ln_before": True, "residual_before_ln": True}})
+    zeros = {"down.0.weight": torch.zeros(2, 32), "down.0.bias": torch.zeros(2), "up.weight": torch.zeros(32, 2), "up.bias": bias}
+    weights = {f"bert.encoder.layer.{layer}.output.adapters.prx.adapter_{part}": tensor for layer in (0, 1) for part, tensor in zeros.items()}
+    torch.save(weights, folder / "pytorch_adapter.bin")
+
+
 # Folders with sentence-transformers' files
 
 
 SPELLINGS = ["legacy", "installed"]
-CASES = [("cls", "euclidean", False), ("mean", "cosine", False), ("mean", None, True), ("cls", "cosine", True)]
+CASES = [("cls", "euclidean", False), ("mean", "cosine", False), ("mean", None, True), ("cls", "cosine", True), ("last", "cosine", False)]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize(("pooling", "metric", "normalize"), CASES)
 def test_sentence_transformers_files_are_followed(
-    folder: Path, tiny_bert: Path, spelling: str, pooling: Pooling, metric: Metric | None, normalize: bool
+    folder: Path, tiny_bert: Path, spelling: str, pooling: AnyPooling, metric: Metric | None, normalize: bool
 ) -> None:
     """Read as they say (no similarity means cosine), with the vectors that sentence-transformers itself gives."""
     if spelling == "legacy":
         write_legacy_files(folder, pooling, metric, None, normalize)
     else:
-        write_installed_files(folder, tiny_bert, pooling, normalize=normalize, similarity_fn_name=metric)
+        write_installed_files(folder, tiny_bert, "lasttoken" if pooling == "last" else pooling, normalize=normalize, similarity_fn_name=metric)
     said = read_sentence_transformers(folder)
     assert said is not None
     assert (said["pooling"], said["metric"], said["normalize"]) == (pooling, metric or "cosine", normalize)
@@ -289,10 +635,6 @@ def make_two_poolings(folder: Path, tiny_bert: Path) -> None:
     write_installed_files(folder, tiny_bert, ("cls", "mean"), similarity_fn_name="euclidean")
 
 
-def make_last_token(folder: Path, tiny_bert: Path) -> None:
-    write_installed_files(folder, tiny_bert, "lasttoken", similarity_fn_name="euclidean")
-
-
 def make_dot(folder: Path, tiny_bert: Path) -> None:
     write_installed_files(folder, tiny_bert, "mean", similarity_fn_name="dot")
 
@@ -308,7 +650,6 @@ def make_dense(folder: Path, tiny_bert: Path) -> None:
         (make_max_pooling, ("--pooling",), {"pooling": "mean"}),
         (make_legacy_max_pooling, ("--pooling",), {"pooling": "mean"}),
         (make_two_poolings, ("--pooling",), {"pooling": "mean"}),
-        (make_last_token, ("--pooling",), {"pooling": "mean"}),
         (make_dot, ("dot", "--metric"), {"metric": "euclidean"}),
         (make_dense, ("Dense",), {}),
     ],
@@ -385,3 +726,11 @@ def test_training_on_from_a_model_of_another_metric_is_refused(folder: Path) -> 
     assert load_for_training(agreed).usage == Usage("mean", "euclidean", 20)
     refuses(lambda: load_for_training(Settings(encoder=str(folder), pooling="mean", metric="cosine")), str(folder), "cosine", "--metric euclidean")
     refuses(lambda: load_for_training(Settings(encoder=str(folder), pooling="cls")), str(folder), "cls", "--pooling mean")
+
+
+def test_training_needs_a_model_that_can_be_trained_so(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path) -> None:
+    """A folder cannot hold an adapter, and a decoder's first token has seen nothing of the text."""
+    refuses(lambda: load_for_training(Settings(encoder="SPECTER2_proximity")), "SPECTER2_proximity", "--encoder SPECTER2_base")
+    refuses(lambda: load_for_training(Settings(encoder="Qwen/Qwen3-Embedding-0.6B")), "--pooling cls", "--pooling mean")
+    monkeypatch.setitem(RECIPES, "Qwen3-Embedding-0.6B", dataclasses.replace(RECIPES["Qwen3-Embedding-0.6B"], hub_id=str(tiny_bert)))
+    assert load_for_training(Settings(encoder="Qwen3-Embedding-0.6B", pooling="mean", device="cpu")).usage.pooling == "mean"

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, BertTokenizer, MPNetConfig, M
 
 import encoder
 from baseline_models import Wanted, load_model
-from encoder import Encoder, Usage, find_model, load_encoder, pool, read_marker
+from encoder import AnyPooling, Encoder, Usage, add_adapter, find_model, load_encoder, pool, read_marker
 from files import RunError, UserError
 from settings import Metric, Pooling, Settings
 from similarity import distances
@@ -107,12 +107,18 @@ def refuses(call: Callable[[], object], *words: str) -> str:
 # Pooling and embedding
 
 
-@pytest.mark.parametrize(("pooling", "expected"), [("cls", [[1.0, 2.0], [-4.0, 0.0]]), ("mean", [[2.0, 4.0], [1.0, 3.0]])])
-def test_pool_by_arithmetic(pooling: Pooling, expected: list[list[float]]) -> None:
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [("cls", [[1.0, 2.0], [-4.0, 0.0]]), ("mean", [[2.0, 4.0], [1.0, 3.0]]), ("last", [[3.0, 6.0], [2.0, 6.0]])],
+)
+def test_pool_by_arithmetic(pooling: AnyPooling, expected: list[list[float]]) -> None:
     """The first text has two real tokens and one padded position that must count for nothing, the second has three real tokens."""
     hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [999.0, -999.0]], [[-4.0, 0.0], [5.0, 3.0], [2.0, 6.0]]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert pool(hidden, mask, pooling).tolist() == expected
+    if pooling != "cls":
+        left_padded = torch.stack([hidden[0].roll(1, dims=0), hidden[1]])
+        assert pool(left_padded, torch.tensor([[0, 1, 1], [1, 1, 1]]), pooling).tolist() == expected
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -523,6 +529,150 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tiny_bert: Path, tmp_path
     assert [path.name for path in folder.parent.iterdir()] == ["model"] * existing
 
 
+def test_what_others_could_not_open_is_not_saved(tiny_bert: Path, tmp_path: Path) -> None:
+    """Neither a pooling of other people's models nor an adapter has a place in a plain folder: saved, the folder would give other vectors."""
+    adapter = write_adapter(tmp_path / "adapter", range(2))
+    adapted = load(tiny_bert)
+    add_adapter(adapted, str(adapter))
+    for model in (load(tiny_bert, Usage("pooler", "cosine", 64)), load(tiny_bert, Usage("last", "cosine", 64)), adapted):
+        refuses(lambda model=model: model.save(tmp_path / "model", "x"), str(tiny_bert))  # type: ignore[misc]
+    assert not (tmp_path / "model").exists()
+
+
+# Adapters
+
+
+def write_adapter(folder: Path, layers: Sequence[int], size: int = 32, prefix: str = "bert.", name: str = "[PRX]", **changes: Any) -> Path:
+    """A random adapter with the files, keys and configuration that the adapters library (1.3.0) writes for "seq_bn" on a BERT."""
+    folder.mkdir()
+    config = {
+        "adapter_residual_before_ln": False, "cross_adapter": False, "dropout": 0.0, "init_weights": "bert", "inv_adapter": None,
+        "inv_adapter_reduction_factor": None, "is_parallel": False, "leave_out": [], "ln_after": False, "ln_before": False, "mh_adapter": False,
+        "non_linearity": "relu", "original_ln_after": True, "original_ln_before": True, "output_adapter": True, "phm_layer": False, "reduction_factor": 4,
+        "residual_before_ln": True, "scaling": 1.0, "use_gating": False,
+    }  # fmt: skip
+    about = {"hidden_size": size, "model_class": "BertAdapterModel", "model_name": "base", "model_type": "bert", "name": name, "version": "adapters.1.3.0"}
+    (folder / "adapter_config.json").write_text(json.dumps({"config": config | changes, **about}))
+    torch.manual_seed(1)
+    shapes = {"down.0.weight": (size // 4, size), "down.0.bias": (size // 4,), "up.weight": (size, size // 4), "up.bias": (size,)}
+    keys = [(f"{prefix}encoder.layer.{layer}.output.adapters.{name}.adapter_{part}", shape) for layer in layers for part, shape in shapes.items()]
+    torch.save({key: 0.4 * torch.randn(shape) for key, shape in keys}, folder / "pytorch_adapter.bin")
+    return folder
+
+
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+@torch.no_grad()
+def adapted_by_hand(folder: Path, adapter: Path, texts: Sequence[str], activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The reference, in the library's own order: LayerNorm, bottleneck, plus the feed-forward's output, plus the layer's residual, LayerNorm again."""
+    weights = torch.load(adapter / "pytorch_adapter.bin", weights_only=True)
+    model, tokenizer = plain_model(folder), AutoTokenizer.from_pretrained(folder)
+    vectors = []
+    for text in texts:
+        hidden = model.embeddings(input_ids=tokenizer(text, return_tensors="pt")["input_ids"])
+        for number, layer in enumerate(model.encoder.layer):
+            attended = layer.attention(hidden)[0]
+            fed = layer.output.dense(layer.intermediate(attended))
+            own = {key.split(".adapter_")[1]: tensor for key, tensor in weights.items() if f"layer.{number}.output" in key}
+            if own:
+                narrow = activation(normed(layer.output.LayerNorm, fed + attended) @ own["down.0.weight"].T + own["down.0.bias"])
+                fed = narrow @ own["up.weight"].T + own["up.bias"] + fed
+            hidden = normed(layer.output.LayerNorm, fed + attended)
+        vectors.append(hidden[0, 0])
+    return torch.stack(vectors)
+
+
+@pytest.mark.parametrize(
+    ("layers", "prefix", "changes", "activation"),
+    [
+        ([0, 1], "bert.", {}, torch.relu),
+        ([0, 1], "", {"non_linearity": "gelu"}, nn.functional.gelu),
+        ([1], "bert.", {"leave_out": [0]}, torch.relu),
+    ],
+)
+def test_adapter_equals_the_computation_by_hand(
+    tiny_bert: Path, tmp_path: Path, layers: list[int], prefix: str, changes: dict[str, Any], activation: Callable[[Tensor], Tensor]
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", layers, prefix=prefix, **changes)
+    model = load(tiny_bert)
+    add_adapter(model, str(adapter))
+    expected = adapted_by_hand(tiny_bert, adapter, TEXTS, activation)
+    assert close(model.embed(TEXTS).vectors, expected)
+    assert (expected - alone(tiny_bert, TEXTS, "cls")).abs().max() > 0.1, "the adapter must show"
+
+
+def test_adapter_from_the_hub_is_fetched_at_its_revision(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_adapter(tmp_path / "adapter", range(2))
+    fetched = []
+
+    def fetch(hub_id: str, allow_patterns: list[str], revision: str) -> str:
+        fetched.append((hub_id, sorted(allow_patterns), revision))
+        return str(adapter)
+
+    monkeypatch.setattr("encoder.snapshot_download", fetch)
+    model = load(tiny_bert)
+    add_adapter(model, "allenai/specter2", "abc")
+    assert fetched == [("allenai/specter2", ["adapter_config.json", "pytorch_adapter.bin"], "abc")]
+    assert close(model.embed(TEXTS).vectors, adapted_by_hand(tiny_bert, adapter, TEXTS, torch.relu))
+
+
+def change_keys(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "pytorch_adapter.bin"
+        torch.save({change(key): tensor for key, tensor in torch.load(path, weights_only=True).items()}, path)
+
+    return apply
+
+
+class Trap:
+    """An object whose unpickling creates the file `place`."""
+
+    place = Path()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.place,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "size", "spoil", "word"),
+    [
+        ({"residual_before_ln": False}, [0, 1], 32, None, "residual_before_ln"),
+        ({"mh_adapter": True}, [0, 1], 32, None, "mh_adapter"),
+        ({"scaling": "learned"}, [0, 1], 32, None, "scaling"),
+        ({"non_linearity": "nonsense"}, [0, 1], 32, None, "nonsense"),
+        ({}, [0], 32, None, "1 layers"),
+        ({}, [0, 1, 2], 32, None, "3 layers"),
+        ({}, [0, 1], 48, None, "size"),
+        ({}, [0, 1], 32, lambda folder: (folder / "pytorch_adapter.bin").unlink(), "pytorch_adapter.bin"),
+        ({}, [0, 1], 32, lambda folder: (folder / "pytorch_adapter.bin").write_bytes(b"torn"), "adapter"),
+        ({}, [0, 1], 32, lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        ({}, [0, 1], 32, lambda folder: (folder / "adapter_config.json").write_text('{"config": "pfeiffer"}'), "adapter_config.json"),
+        ({}, [0, 1], 32, change_keys(lambda key: key.replace("1.output", "1.attention.output")), "attention"),
+        ({}, [0, 1], 32, change_keys(lambda key: key.replace("adapter_up.bias", "gate")), "gate"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_one_line(
+    tiny_bert: Path, tmp_path: Path, changes: dict[str, Any], layers: list[int], size: int, spoil: Callable[[Path], None] | None, word: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", layers, size, **changes)
+    if spoil:
+        spoil(adapter)
+    refuses(lambda: add_adapter(load(tiny_bert), str(adapter)), str(adapter), word)
+
+
+def test_pickled_code_in_an_adapter_is_not_executed(tiny_bert: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", range(2))
+    trap = Trap()
+    trap.place = tmp_path / "executed"
+    torch.save({"bert.encoder.layer.0.output.adapters.x.adapter_up.bias": trap}, adapter / "pytorch_adapter.bin")
+    refuses(lambda: add_adapter(load(tiny_bert), str(adapter)), str(adapter))
+    assert not trap.place.exists()
+    pickle.loads(pickle.dumps(trap))
+    assert trap.place.exists(), "the trap must work"
+
+
 # Models that cannot be loaded
 
 
@@ -582,11 +732,13 @@ def test_spoiled_folders_are_one_line_errors(copied: Path, change: Callable[[Pat
     refuses(lambda: load(copied), str(copied), word)
 
 
-def test_weights_without_the_unused_pooler_are_fine(copied: Path) -> None:
-    """Language-model checkpoints have no pooler, and we never use it: this must not count as missing weights."""
+def test_weights_without_a_pooler_are_fine_unless_it_is_used(copied: Path) -> None:
+    """Language-model checkpoints have no pooler: transformers would fill it with random numbers, and only "pooler" uses it."""
     expected = load(copied).embed(TEXTS).vectors
+    assert load(copied, Usage("pooler", "cosine", 64)).embed(TEXTS).vectors.shape == expected.shape
     change_weights(lambda w: {k: v for k, v in w.items() if not k.startswith("pooler.")})(copied)
     assert torch.equal(load(copied).embed(TEXTS).vectors, expected)
+    refuses(lambda: load(copied, Usage("pooler", "cosine", 64)), str(copied), "pooler.dense")
 
 
 def test_missing_folders_and_files_in_their_place(tiny_bert: Path, tmp_path: Path) -> None:
