@@ -7,6 +7,7 @@ The protocol is written in README ("Benchmark protocol"): what the paper leaves 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import statistics
@@ -22,7 +23,7 @@ import numpy as np
 
 import files
 from files import UserError
-from load_data import Paper, halves, read_papers
+from load_data import Paper, SeenPapers, halves, read_papers
 from settings import Device, Metric, Pooling, Settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Evaluation:
 
     report: dict[str, Any]
     per_paper: dict[str, Values]
+    abstracts: Any = None  # (n, d) tensor: the abstracts' vectors
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
@@ -87,7 +89,7 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
     tasks["abstract_segments"]["left_out"] = len(papers) - len(whole)
     seconds = {"embedding": round(embedded - started, 3), "tasks": round(time.perf_counter() - embedded, 3)}
     report = {"tasks": tasks, "n_papers": len(papers), "truncated_share": round(embed.cut / embed.texts, 6), "seconds": seconds}
-    return Evaluation(report, {name: values for name, (_, values) in results.items()})
+    return Evaluation(report, {name: values for name, (_, values) in results.items()}, abstracts)
 
 
 class _Embedder:
@@ -180,6 +182,28 @@ def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tuple[float, float]]:
+    """Mean of `one` - `other` over the papers that both have a value for, and its percentile bootstrap 95% interval: the same papers are drawn for both.
+
+    Raises:
+        ValueError: no paper has both.
+    """
+    differences = (one - other)[~np.isnan(one - other)]
+    if not len(differences):
+        raise ValueError("no paper has both values")
+    return float(differences.mean()), bootstrap_interval(differences, seed)
+
+
+def paired_differences(per_paper: Mapping[str, Mapping[str, Values]], seed: int) -> list[dict[str, Any]]:
+    """For every two models and every task that both have: the mean of the first's values minus the second's, with its 95% interval."""
+    rows = []
+    for (one, first), (other, second) in itertools.combinations(per_paper.items(), 2):
+        tasks = [task for task in TASKS if not np.isnan(first[task] - second[task]).all()]
+        found = {task: paired_difference(first[task], second[task], seed) for task in tasks}
+        rows.append({"models": [one, other], "tasks": {task: {"difference": mean, "ci95": list(interval)} for task, (mean, interval) in found.items()}})
+    return rows
+
+
 def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
     """Perf of each model relative to the others: the mean over the four tasks of clip(1 - (x - best) / (2 (median - best)), 0, 1) [METHOD: inferred].
 
@@ -229,6 +253,24 @@ def table_lines(named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
+def _paired_lines(paired: list[dict[str, Any]]) -> list[str]:
+    """A markdown table of paired differences, headed; nothing for a single model."""
+    if not paired:
+        return []
+    lines = ["", "Paired differences: the first model's values minus the second's on the same papers; an interval without 0 is a difference.", ""]
+    lines += [f"| | {' | '.join(TASKS)} |", "|---" * 5 + "|"]
+    for row in paired:
+        cells = [_difference_cell(task, row["tasks"][task]) if task in row["tasks"] else "no data" for task in TASKS]
+        lines.append(f"| {' - '.join(row['models'])} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difference_cell(task: str, found: Mapping[str, Any]) -> str:
+    digits = 3 if task == "clustering" else 2
+    low, high = found["ci95"]
+    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def _column_head(task: str, result: Mapping[str, Any]) -> str:
     pool = f" (pool {result['pool']}" + (f", k {result['k']})" if "k" in result else ")") if "pool" in result else ""
     return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
@@ -269,6 +311,7 @@ class Command:
     metric: Metric | None = None  # overrides the model's own metric
     max_length: int | None = None  # overrides the tokens kept of a text
     eval_file: str = Settings.eval_file  # papers file with title and abstract; query and field where known
+    trained_on: tuple[str, ...] = ()  # papers file that one of the models was trained on: its papers are left out for all models; may be repeated
     output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -279,27 +322,46 @@ class Command:
 def run(command: Command) -> None:
     """Evaluate every named model, print one table, write benchmark.json and benchmark.md."""
     if command.list_models:
-        print(_list_of_models())
+        from baseline_models import list_of_models
+
+        print(list_of_models())
         return
     _check(command)
     papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
     _check_models(command)
-    found = {name: _evaluate_named(name, command, papers) for name in command.model}
+    papers, dropped = _without_training_papers(papers, command)
+    per_paper: dict[str, Mapping[str, Values]] = {}
+    found = {name: _evaluate_named(name, command, papers, per_paper) for name in command.model}
     perf = perf_scores({name: {task: report["tasks"][task][main_score(task)] for task in TASKS} for name, report in found.items()})
-    whole = next(iter(found.values())) if len(found) == 1 else {"models": list(found.values()), "perf": perf}
-    table = table_lines(found, perf if len(found) > 2 else None)
+    paired = paired_differences(per_paper, command.seed)
+    whole = next(iter(found.values())) if len(found) == 1 else {"models": list(found.values()), "perf": perf, "paired": paired}
+    if command.trained_on:
+        whole["left_out_as_training_papers"] = dropped
+    table = table_lines(found, perf if len(found) > 2 else None) + _paired_lines(paired)
     print("\n".join(table))
     output = Path(command.output_dir)
+    notes = notes_on(next(iter(found.values()))) + [f"{count} papers left out: they stand in {path}." for path, count in dropped.items()]
     files.write_json(output / "benchmark.json", whole)
-    files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes_on(next(iter(found.values())))))
+    files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
 
 
-def _list_of_models() -> str:
-    from baseline_models import RECIPES
+def _without_training_papers(papers: list[Paper], command: Command) -> tuple[list[Paper], dict[str, int]]:
+    """(papers that stand in none of the training files, training file -> how many of its papers were found).
 
-    rows = [f"{name:<18} {recipe.hub_id:<42} {recipe.usage.pooling:<5} {recipe.usage.metric}" for name, recipe in RECIPES.items()]
-    return "\n".join(rows)
+    Raises:
+        UserError: fewer than two papers are left.
+    """
+    dropped: dict[str, int] = {}
+    kept = papers
+    for path in command.trained_on:
+        seen = SeenPapers(read_papers(path, (), command.skip_invalid))
+        dropped[path] = sum(seen.reason(paper) is not None for paper in papers)
+        kept = [paper for paper in kept if seen.reason(paper) is None]
+        log.info("%s: %d of %d papers of %s stand in it and are left out", path, dropped[path], len(papers), command.eval_file)
+    if len(kept) < 2:
+        raise UserError(f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on", "evaluate on papers that no model was trained on")
+    return kept, dropped
 
 
 def _check(command: Command) -> None:
@@ -319,7 +381,7 @@ def _check_models(command: Command) -> None:
 
     places: dict[str, str] = {}
     for name in command.model:
-        usage_of(name, Wanted(command.pooling, command.metric, command.max_length), Settings())
+        usage_of(name, Wanted(command.pooling, command.metric, command.max_length), Settings(trust_remote_code=command.trust_remote_code))
         recipe = find_recipe(name)
         place = recipe.hub_id if recipe else str(Path(name))
         if place in places:
@@ -327,12 +389,15 @@ def _check_models(command: Command) -> None:
         places[place] = name
 
 
-def _evaluate_named(name: str, command: Command, papers: list[Paper]) -> dict[str, Any]:
+def _evaluate_named(name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]) -> dict[str, Any]:
+    """One model's object of benchmark.json; its ranks and purities go into `per_paper`."""
     from baseline_models import Wanted, load_model
 
     settings = Settings(device=command.device, trust_remote_code=command.trust_remote_code)
     encoder, origins = load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
-    return describe(encoder, command.eval_file, evaluate(encoder, papers, command.seed, name), origins, command.seed)
+    evaluation = evaluate(encoder, papers, command.seed, name)
+    per_paper[name] = evaluation.per_paper
+    return describe(encoder, command.eval_file, evaluation, origins, command.seed)
 
 
 def main() -> None:

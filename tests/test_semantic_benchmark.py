@@ -18,10 +18,23 @@ from hypothesis import strategies as st
 
 import files
 import semantic_benchmark
-from baseline_models import RECIPES, Wanted, load_model, usage_of
+from baseline_models import RECIPES, Wanted, list_of_models, load_model, usage_of
 from encoder import BUNDLED, Embedded, Encoder, Usage, find_model, load_encoder
 from load_data import Paper, read_papers
-from semantic_benchmark import TASKS, Command, Evaluation, Values, bootstrap_interval, describe, evaluate, main_score, notes_on, perf_scores, table_lines
+from semantic_benchmark import (
+    TASKS,
+    Command,
+    Evaluation,
+    Values,
+    bootstrap_interval,
+    describe,
+    evaluate,
+    main_score,
+    notes_on,
+    paired_difference,
+    perf_scores,
+    table_lines,
+)
 from settings import Metric, Pooling, Settings
 
 # -- Perf ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -516,8 +529,8 @@ def saved_model(tiny_bert: Path, folder: Path, metric: Metric, pooling: Pooling)
 def test_list_models_names_every_recipe_with_its_use() -> None:
     done = run_script("semantic_benchmark.py", "--list-models")
     assert done.returncode == 0
-    expected = [[name, recipe.hub_id, recipe.usage.pooling, recipe.usage.metric] for name, recipe in RECIPES.items()]
-    assert [line.split() for line in done.stdout.splitlines()] == expected
+    assert done.stdout.strip() == list_of_models()
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [[name, recipe.hub_id] for name, recipe in RECIPES.items()]
 
 
 def test_one_model_gives_the_single_object_and_the_table(tiny_bert: Path, papers_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -571,7 +584,7 @@ def test_three_models_give_a_list_and_their_perf(tiny_bert: Path, papers_file: C
     done = run_script("semantic_benchmark.py", *models, "--eval-file", eval_file, "--output-dir", output)
     assert done.returncode == 0, done.stderr
     found = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
-    assert set(found) == {"models", "perf"}
+    assert set(found) == {"models", "perf", "paired"}
     assert [report["model"] for report in found["models"]] == names
     assert all(set(report) == REPORT_KEYS for report in found["models"])
     used = [[report["settings"][key] for key in ("metric", "pooling", "max_length")] for report in found["models"]]
@@ -586,8 +599,43 @@ def test_three_models_give_a_list_and_their_perf(tiny_bert: Path, papers_file: C
     assert found["perf"] == pytest.approx(dict(zip(names, np.mean(shares, axis=0), strict=True)))
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
-    assert [(row[0], row[-1]) for row in rows[2:]] == [(name, f"{found['perf'][name]:.3f}") for name in names]
+    assert [(row[0], row[-1]) for row in rows[2:5]] == [(name, f"{found['perf'][name]:.3f}") for name in names]
+    assert [pair["models"] for pair in found["paired"]] == [names[:2], names[::2], names[1:]]
+    assert [row[0] for row in rows[-3:]] == [" - ".join(pair["models"]) for pair in found["paired"]]
+    for one, other, pair in ((0, 1, found["paired"][0]), (1, 2, found["paired"][2])):
+        for task, values in pair["tasks"].items():
+            scores = [found["models"][i]["tasks"][task][main_score(task)] for i in (one, other)]
+            assert values["difference"] == pytest.approx(scores[0] - scores[1])
+            assert values["ci95"][0] <= values["difference"] <= values["ci95"][1]
     assert done.stdout in (output / "benchmark.md").read_text(encoding="utf-8")
+
+
+def test_a_paired_difference_is_over_the_papers_that_both_have_and_draws_the_same_ones() -> None:
+    nan = float("nan")
+    one, other = np.array([1.0, 5.0, nan, 3.0, 90.0]), np.array([2.0, 6.0, 7.0, 4.0, nan])
+    assert paired_difference(one, other, 0) == (-1.0, (-1.0, -1.0))  # apart by 1 on each paper, however far the papers are from each other
+    with pytest.raises(ValueError, match="no paper"):
+        paired_difference(one[2:3], other[2:3], 0)
+    draw = np.random.default_rng(5)
+    noise = draw.normal(0.3, 1.0, size=400)
+    mean, (low, high) = paired_difference(100 * np.ones(400) + noise, 100 * np.ones(400), 1)
+    error = noise.std() / 20  # of the mean of 400 values
+    assert mean == pytest.approx(noise.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
+
+
+def test_papers_of_named_training_files_are_left_out_for_all_models(tiny_bert: Path, papers_file: Callable[..., Path], tmp_path: Path) -> None:
+    rows = rows_of_counted_words(8)
+    eval_file, output = papers_file(rows), tmp_path / "out"
+    by_id = papers_file([{"id": rows[1]["id"], "summaries": ["One.", "Two."]}], "by_id.jsonl")
+    by_text = papers_file([{"id": "other", "title": f" {rows[2]['title'].upper()}."}, {"id": "more", "abstract": rows[3]["abstract"]}], "by_text.jsonl")
+    run_here("--model", tiny_bert, "--eval-file", eval_file, "--output-dir", output, "--trained-on", by_id, "--trained-on", by_text)
+    found = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
+    assert (found["n_papers"], found["left_out_as_training_papers"]) == (5, {str(by_id): 1, str(by_text): 2})
+    assert f"- 2 papers left out: they stand in {by_text}." in (output / "benchmark.md").read_text(encoding="utf-8")
+    everything = papers_file(rows[1:], "everything.jsonl")
+    words = ("--model", tiny_bert, "--eval-file", eval_file, "--output-dir", tmp_path / "none", "--trained-on", everything)
+    assert "1 papers are left without those of --trained-on" in refusal(*words)
 
 
 def test_missing_tasks_are_null_in_the_file_and_no_data_in_the_table(tiny_bert: Path, papers_file: Callable[..., Path], tmp_path: Path) -> None:
