@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import files
+import report
+from report import ROWS
 from settings import FREE_ON_RESUME, Settings, parse_settings
-
-ROWS = {"before": "before SemCSE training", "benchmark": "after SemCSE training", "recipe": "as its authors use it"}
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def run(settings: Settings, folder: files.RunFolder, encoder: Any, papers: list[
     results["benchmark"] = benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")
     recipe, origins = load_model(settings.encoder, Wanted(), settings)
     results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json", origins)
-    report(results, settings, folder)
+    conclude(results, settings, folder)
 
 
 def benchmark(encoder: Any, evaluation: list[Any], settings: Settings, path: Path, origins: dict[str, str] | None = None) -> dict[str, Any]:
@@ -55,23 +55,25 @@ def benchmark(encoder: Any, evaluation: list[Any], settings: Settings, path: Pat
 
     if path.exists() and settings.resume:
         return dict(files.read_json(path))
-    result = describe(encoder, settings.eval_file, evaluate(encoder, evaluation, settings.seed, ROWS[path.stem]), origins or {}, settings.seed)
+    scored = evaluate(encoder, evaluation, settings.seed, ROWS[path.stem])
+    report.save_map(path.with_suffix(".npz"), evaluation, scored.abstracts, settings.seed)
+    result = describe(encoder, settings.eval_file, scored, origins or {}, settings.seed)
     files.write_json(path, result)
     return result
 
 
-def report(results: dict[str, dict[str, Any]], settings: Settings, folder: files.RunFolder) -> None:
-    """Print the table, write benchmark.md, and end the run."""
+def conclude(results: dict[str, dict[str, Any]], settings: Settings, folder: files.RunFolder) -> None:
+    """Print the table, write benchmark.md, end the run, and make its page."""
     from semantic_benchmark import markdown, notes_on, table_lines
 
     named = {f"{settings.encoder} {ROWS[key]}": results[key] for key in ROWS}
     usages = [f'"{row}": {result["pooling"]} pooling, {result["metric"]} distance.' for row, result in named.items()]
-    table = table_lines(named)
-    text = markdown(f"SemCSE run {Path(settings.output_dir).name}", table, [*notes_on(results["benchmark"]), *usages])
+    text = markdown(f"SemCSE run {Path(settings.output_dir).name}", table_lines(named), [*notes_on(results["benchmark"]), *usages])
     files.write_text(folder.path / "benchmark.md", text)
     folder.finish()
     logging.info("the trained model is %s", folder.output / "model")
     print("\n" + text.rstrip())
+    report.make(folder.output)
 
 
 if __name__ == "__main__":

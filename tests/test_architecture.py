@@ -30,7 +30,7 @@ ARROWS = {
     "publish_model": ("baseline_models",),
 }
 LINE_CAPS = {"main": 80, "train_embedding_model": 350}
-ALL_LINES = 3_500
+ALL_LINES = 4_800
 
 SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
