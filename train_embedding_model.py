@@ -297,8 +297,9 @@ def peak_memory_mib() -> float:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then constant."""
-    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then constant, or falling linearly to 0 at `max_steps`."""
+    fall = 1 - step / settings.max_steps if settings.decay else 1.0
+    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * fall
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:

@@ -5,6 +5,7 @@
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
     evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine literature reviews (the review is the `field`)
     validation.jsonl     500 papers of the same two kinds, for choosing settings
+    more_validation.jsonl  those 500 and, for small differences, 800 more: 500 of the reviews, 300 with their one-sentence summary as query
     train.jsonl        what may be trained on, no paper of the two files above nor a near-copy of one: papers with LLM summaries (three visits an epoch), papers
                        with several summaries by people (two), 1,500 groups of LLM definitions (one)
 """
@@ -62,6 +63,11 @@ def choose(papers: list[Paper]) -> dict[str, list[str]]:
     return chosen
 
 
+def with_query(paper: Paper) -> Paper:
+    """A person's one-sentence summary is the query of a paper that has no other."""
+    return dataclasses.replace(paper, query=paper.query or "".join(paper.summaries[:1]))
+
+
 def write(path: Path, papers: Iterable[Paper]) -> int:
     """Write a papers file; returns how many papers."""
     rows = [json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in papers]
@@ -74,10 +80,13 @@ def main() -> None:
     command = files.parse_command_line(Command, None, Command())
     data, output = Path(command.data), Path(command.output_dir)
     papers = list(read_papers(data / "papers_dev.jsonl.gz", ("title", "abstract")))
-    if command.renew:
-        files.write_json(IDS, choose(papers))
     ids = files.read_json(IDS)
-    parts = {part: [paper for paper in papers if paper.id in set(ids[part])] for part in ids}
+    if command.renew:
+        ids |= choose(papers)
+        files.write_json(IDS, ids)
+    parts = {part: [paper for paper in papers if paper.id in set(ids[part])] for part in SIZES}
+    more = set(ids["more_validation"]) - {paper.id for part_papers in parts.values() for paper in part_papers}
+    parts["more_validation"] = [*parts["validation"], *(with_query(paper) for paper in papers if paper.id in more)]
     sizes = {part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()}
     seen = SeenPapers(paper for part_papers in parts.values() for paper in part_papers)
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)

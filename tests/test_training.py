@@ -117,11 +117,11 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
     """Do `action` when training asks for the pairs of its step number `step` (counted from 0), once."""
     waiting = [step]
 
-    def wrapped(papers: list[Paper], seed: int, at: int, batch_size: int) -> list[tuple[str, str]]:
+    def wrapped(papers: list[Paper], seed: int, at: int, batch_size: int, joined_share: float) -> list[tuple[str, str]]:
         if waiting == [at]:
             waiting.clear()
             action()
-        return batch_pairs(papers, seed, at, batch_size)
+        return batch_pairs(papers, seed, at, batch_size, joined_share)
 
     monkeypatch.setattr(train_embedding_model, "batch_pairs", wrapped)
 
@@ -147,11 +147,13 @@ def test_training_learns(lively_bert: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metric, loss, pooling, clip", [("euclidean", "triplet", "cls", 0.0), ("cosine", "infonce", "mean", 0.5), ("cosine", "triplet", "cls", 0.01)]
+    "metric, loss, pooling, clip, decay",
+    [("euclidean", "triplet", "cls", 0.0, False), ("cosine", "infonce", "mean", 0.5, True), ("cosine", "triplet", "cls", 0.01, False)],
 )
-def test_steps_equal_a_reference(lively_bert: Path, tmp_path: Path, metric: Metric, loss: Loss, pooling: Pooling, clip: float) -> None:
-    """Three steps equal three steps written out with plain transformers and torch: pooling, loss, warm-up, clipping, AdamW, and every logged number."""
-    settings = make_settings(metric=metric, loss=loss, pooling=pooling, clip_norm=clip, max_steps=3, checkpoint_every=3, warmup_steps=2, weight_decay=0.3)
+def test_steps_equal_a_reference(lively_bert: Path, tmp_path: Path, metric: Metric, loss: Loss, pooling: Pooling, clip: float, decay: bool) -> None:
+    """Three steps equal three steps written out with plain transformers and torch: pooling, loss, rates, clipping, AdamW, and every logged number."""
+    changes: dict[str, Any] = {"metric": metric, "loss": loss, "pooling": pooling, "clip_norm": clip, "decay": decay, "joined_share": 0.5 * decay}
+    settings = make_settings(max_steps=3, checkpoint_every=3, warmup_steps=2, weight_decay=0.3, **changes)
     assert settings.margin is not None
     assert settings.temperature is not None
     papers = [Paper(f"{n}", summaries=tuple(make_paper(n)["summaries"])) for n in range(14)]
@@ -167,7 +169,7 @@ def test_steps_equal_a_reference(lively_bert: Path, tmp_path: Path, metric: Metr
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     noise = set()
     for step in range(3):
-        pairs = batch_pairs(papers, settings.seed, step, settings.batch_size)
+        pairs = batch_pairs(papers, settings.seed, step, settings.batch_size, settings.joined_share)
         batch = tokenizer([a for a, _ in pairs] + [p for _, p in pairs], padding=True, truncation=True, max_length=32, return_tensors="pt")
         hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -181,7 +183,7 @@ def test_steps_equal_a_reference(lively_bert: Path, tmp_path: Path, metric: Metr
         for gradient in gradients.values():
             gradient.mul_(min(1.0, clip / norm) if clip else 1.0)
         assert not clip or norm > clip  # or clipping would not be tested
-        rate = 1e-3 * (0.5, 1.0, 1.0)[step]
+        rate = 1e-3 * ((0.5, 2 / 3, 1 / 3) if decay else (0.5, 1.0, 1.0))[step]
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,131 @@
+"""Train the recipes of docs/experiments.md with three seeds each and measure them on the 1,100 development papers for reporting.
+
+    python docs/development_split.py        once: cuts the development papers
+    python docs/reproduce_recipe.py         writes runs/recipe/table.md and one model folder for each recipe and seed
+
+(a) CLS pooling and Euclidean distance, as the paper, against the encoder before training; (b) mean pooling and cosine distance against the same encoder as its
+authors use it. Every difference is paired: the same papers, resampled together. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import files
+from baseline_models import Wanted, load_for_training, load_model
+from semantic_benchmark import TASKS, Evaluation, evaluate, main_score, paired_difference, read_evaluation_papers
+from settings import Settings, complete, default_settings
+from train_embedding_model import read_training_papers, train
+
+log = logging.getLogger(__name__)
+
+RECIPES: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train both recipes with several seeds and write the table of paired differences."""
+
+    data: str = "runs/development"  # what docs/development_split.py wrote
+    output_dir: str = "runs/recipe"  # models and table
+    seeds: int = 3  # runs of each recipe
+    recipe: tuple[str, ...] = tuple(RECIPES)  # which recipes
+
+
+def main() -> None:
+    """Train, score, write the table."""
+    command = files.parse_command_line(Command, None, Command())
+    files.log_to_stderr()
+    lines: list[str] = []
+    for name in command.recipe:
+        lines += recipe_lines(name, command)
+    table = "\n".join(lines) + "\n"
+    files.write_text(Path(command.output_dir) / "table.md", table)
+    print(table)
+
+
+def recipe_lines(name: str, command: Command) -> list[str]:
+    """One recipe's part of the table: reference, seeds, mean and spread, paired differences."""
+    settings = recipe_settings(name, command, 0)
+    papers = read_evaluation_papers(settings.eval_file)
+    reference = evaluate(reference_encoder(name, settings), papers, 0, f"{name}, reference")
+    trained = []
+    for seed in range(command.seeds):
+        encoder = trained_encoder(recipe_settings(name, command, seed))
+        trained.append(evaluate(encoder, papers, 0, f"{name}, seed {seed}"))
+    lines = [f"## ({name})", "", "| | " + " | ".join(f"{task} (pool {pool(reference, task)})" for task in TASKS) + " |", "|---" * 5 + "|"]
+    lines.append(row("reference", [number(score(reference, task)) for task in TASKS]))
+    lines += [row(f"seed {seed}", [number(score(one, task)) for task in TASKS]) for seed, one in enumerate(trained)]
+    lines += [row(f"seed {seed} - reference", [difference(one, reference, task) for task in TASKS]) for seed, one in enumerate(trained)]
+    columns = {task: np.array([score(one, task) for one in trained]) for task in TASKS}
+    lines.append(row("mean and standard deviation over seeds", [f"{number(column.mean())} ± {number(column.std(ddof=1))}" for column in columns.values()]))
+    lines.append(row("fall of the normalised rank", [fall(columns[task], reference, task) for task in TASKS]))
+    return [*lines, ""]
+
+
+def recipe_settings(name: str, command: Command, seed: int) -> Settings:
+    """The quickstart's settings with the recipe's differences."""
+    data, folder = Path(command.data), Path(command.output_dir) / f"{name}-{seed}"
+    places = {"train_file": str(data / "train.jsonl"), "eval_file": str(data / "evaluation.jsonl"), "output_dir": str(folder), "seed": seed}
+    return complete(dataclasses.replace(default_settings("quickstart"), **(RECIPES[name] | places)))
+
+
+def reference_encoder(name: str, settings: Settings) -> Any:
+    """What a recipe is compared with: the encoder before training in the recipe's own use (a), or as its authors use it (b)."""
+    return load_for_training(settings) if name == "a" else load_model(settings.encoder, Wanted(), settings)[0]
+
+
+def trained_encoder(settings: Settings) -> Any:
+    """Train, or load what an earlier call trained."""
+    folder = Path(settings.output_dir)
+    if not (folder / "model" / "semcse.json").exists():
+        papers, held_out = read_training_papers(settings, read_evaluation_papers(settings.eval_file))
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder = load_for_training(settings)
+        train(encoder, papers, held_out, settings, folder)
+        encoder.save(folder / "model", base=settings.encoder)
+    return load_model(str(folder / "model"), Wanted(), settings)[0]
+
+
+def score(evaluation: Evaluation, task: str) -> float:
+    """Main score of a task."""
+    return float(evaluation.report["tasks"][task][main_score(task)])
+
+
+def pool(evaluation: Evaluation, task: str) -> int:
+    """Candidates of a task."""
+    return int(evaluation.report["tasks"][task]["pool"])
+
+
+def difference(one: Evaluation, other: Evaluation, task: str) -> str:
+    """Paired difference with its 95% interval."""
+    mean, (low, high) = paired_difference(one.per_paper[task], other.per_paper[task], 0)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def fall(column: Any, reference: Evaluation, task: str) -> str:
+    """By how much the normalised rank fell, seeds averaged; nothing for clustering."""
+    return "" if task == "clustering" else f"{1 - (column.mean() - 1) / (score(reference, task) - 1):.0%}"
+
+
+def number(value: float) -> str:
+    """A mean rank or purity."""
+    return f"{value:.3f}"
+
+
+def row(head: str, cells: list[str]) -> str:
+    """One line of a markdown table."""
+    return f"| {head} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(files.run_command(main))
