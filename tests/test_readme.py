@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
+from fake_llm_server import FakeServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
-ELSEWHERE = {"make quickstart", "make test"}
+ELSEWHERE = {"make quickstart", "make test", "make local-llm"}
 # Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
-NEEDS_MORE = ("--source", "--base-url", "--profile paper")
+NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper")
+
+ROAD = "runs/few"  # the folder of commands that need each other: they run in one test, in their order
 
 
 def blocks(language: str) -> list[str]:
@@ -55,7 +59,21 @@ def test_command_that_needs_more_is_understood(command: str) -> None:
     assert all(re.search(rf"{word}\b", known) for word in words if word.startswith("--"))
 
 
-@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command)])
+def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Path) -> None:
+    """The commands of "Your own summaries and queries, offline", in their order, with a stand-in for the server of `make local-llm`."""
+    road = [command for command in commands() if ROAD in command]
+    assert [shlex.split(command)[1].split("_")[0] for command in road] == ["collect", "generate", "collect", "generate", "main.py", "semantic"]
+    with FakeServer() as server:
+        for command in road:
+            done = run_script(*shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[1:], cwd=workspace)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+    report = json.loads((workspace / ROAD / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))
+    assert [model["tasks"]["query"]["n"] for model in report["models"]] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command) and ROAD not in command]
+)
 def test_command(command: str, workspace: Path) -> None:
     words = shlex.split(command)
     assert words[0] == "python", f"README has a command that no test runs: {command}"
