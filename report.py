@@ -251,7 +251,7 @@ def main() -> None:
     """The script: parse, then make the page."""
     command = files.parse_command_line(Command, None, Command())
     files.log_to_stderr()
-    make(*command.folders, output=Path(command.output_dir) if command.output_dir else None)
+    print(make(*command.folders, output=Path(command.output_dir) if command.output_dir else None))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TASKS = ("title_abstract", "abstract_segments", "query", "clustering")
 NEIGHBOURS = 10  # k of the clustering task
 RESAMPLES = 1_000  # of the bootstrap
+SWEPT_K = (1, 3, 5, 10, 20, 50, 100)  # of --sweep
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -137,7 +138,7 @@ def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[
     return scores, per_paper
 
 
-def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int) -> tuple[dict[str, Any], Values]:
+def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int, k: int = NEIGHBOURS) -> tuple[dict[str, Any], Values]:
     """Mean share of a paper's k nearest labelled papers that have its field.
 
     The papers are visited in a seeded random order, so that exactly equal distances (a collapsed model) bring chance, not the file's order.
@@ -150,15 +151,15 @@ def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int) ->
     labelled = np.array([i for i, name in enumerate(fields) if name.strip()], dtype=np.int64)
     labelled = labelled[np.random.default_rng(seed).permutation(len(labelled))]
     sizes = Counter(fields[i] for i in labelled)
-    query_places = [place for place, i in enumerate(labelled) if sizes[fields[i]] > NEIGHBOURS]
+    query_places = [place for place, i in enumerate(labelled) if sizes[fields[i]] > k]
     if not query_places:
-        return {"reason": f"no field has more than {NEIGHBOURS} papers"}, per_paper
+        return {"reason": f"no field has more than {k} papers"}, per_paper
     vectors, places = abstracts[torch.from_numpy(labelled)], torch.tensor(query_places)
-    _, neighbours = nearest(vectors[places], vectors, NEIGHBOURS, metric, excluded=places)
+    _, neighbours = nearest(vectors[places], vectors, k, metric, excluded=places)
     names = np.array([fields[i] for i in labelled])
     same = names[neighbours.numpy()] == names[query_places][:, None]
     per_paper[labelled[query_places]] = same.mean(axis=1)
-    scores = {"purity": float(same.mean()), "k": NEIGHBOURS, "n": len(query_places), "left_out": len(labelled) - len(query_places), "pool": len(labelled)}
+    scores = {"purity": float(same.mean()), "k": k, "n": len(query_places), "left_out": len(labelled) - len(query_places), "pool": len(labelled)}
     return scores, per_paper
 
 
@@ -312,6 +313,7 @@ class Command:
     max_length: int | None = None  # overrides the tokens kept of a text
     eval_file: str = Settings.eval_file  # papers file with title and abstract; query and field where known
     trained_on: tuple[str, ...] = ()  # papers file that one of the models was trained on: its papers are left out for all models; may be repeated
+    sweep: bool = False  # also say which pool sizes and k would bring one of the paper's models to its published figures
     output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -338,12 +340,60 @@ def run(command: Command) -> None:
     if command.trained_on:
         whole["left_out_as_training_papers"] = dropped
     table = table_lines(found, perf if len(found) > 2 else None) + _paired_lines(paired)
+    for name in found if command.sweep else ():
+        table += _sweep_lines(name, found[name]["fit"], _published(name), len(papers))
     print("\n".join(table))
     output = Path(command.output_dir)
     notes = notes_on(next(iter(found.values()))) + [f"{count} papers left out: they stand in {path}." for path, count in dropped.items()]
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
+
+
+def fit_protocol(encoder: Encoder, papers: list[Paper], evaluation: Evaluation, published: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """What the unknowns of the paper's protocol would have to be for `encoder` to reach its published figures on these papers [ours].
+
+    A random pool of n of the N candidates has the expected mean rank 1 + (mean rank - 1)(n - 1) / (N - 1), so a published mean rank implies a pool size. The
+    ranking tasks share their pool: the closer their implied sizes, the likelier data and halving rule are the paper's. Clustering is scored for several k. Both
+    are done for abstracts, and for title and abstract together where a text stands for the paper (query and clustering).
+
+    Args:
+        encoder: the published checkpoint.
+        papers: the evaluation papers.
+        evaluation: of `encoder` on them.
+        published: task -> published main score.
+        seed: as `evaluate`.
+
+    Returns:
+        text form -> {"implied_pool": {task: candidates}, "purity": {k: purity}, "nearest_k": the k whose purity is closest to the published one}.
+    """
+    joined = [dataclasses.replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers]
+    forms = {"abstract": (evaluation, TASKS[:3]), "title + abstract": (evaluate(encoder, joined, seed, "title + abstract"), ("query",))}
+    found: dict[str, Any] = {}
+    for form, (scored, tasks) in forms.items():
+        have = {task: scored.report["tasks"][task] for task in tasks if scored.report["tasks"][task]["mean_rank"] is not None}
+        pools = {task: implied_pool(one["mean_rank"], one["pool"], published[task]) for task, one in have.items()}
+        swept = {k: _clustering(scored.abstracts, [paper.field for paper in papers], encoder.usage.metric, seed, k)[0] for k in SWEPT_K}
+        purities = {k: float(one["purity"]) for k, one in swept.items() if "purity" in one}
+        gaps = {k: abs(purity - published["clustering"]) for k, purity in purities.items()}
+        found[form] = {"implied_pool": pools, "purity": purities, "nearest_k": min(gaps, key=lambda k: gaps[k], default=None)}
+    return found
+
+
+def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
+    """Candidates among which a model with this mean rank in `pool` is expected to have the published one; None for a perfect model, which has it in no pool."""
+    return 1 + (published - 1) * (pool - 1) / (mean_rank - 1) if mean_rank > 1 else None
+
+
+def _sweep_lines(name: str, fits: Mapping[str, Any], published: Mapping[str, float], papers: int) -> list[str]:
+    """The findings of `fit_protocol` in words."""
+    row = ", ".join(f"{task} {score}" for task, score in published.items())
+    lines = ["", f"{name}: pool sizes and k that would bring it to its published figures ({row}); {papers} papers here.", ""]
+    for form, fit in fits.items():
+        pools = ", ".join(f"{task} {'any' if pool is None else round(pool)}" for task, pool in fit["implied_pool"].items())
+        purities = ", ".join(f"{k}: {purity:.3f}" for k, purity in fit["purity"].items())
+        lines.append(f"- {form}: implied pool: {pools or 'no data'}; purity by k: {purities or 'no data'}; closest to the published: k {fit['nearest_k']}.")
+    return lines
 
 
 def _without_training_papers(papers: list[Paper], command: Command) -> tuple[list[Paper], dict[str, int]]:
@@ -384,6 +434,8 @@ def _check_models(command: Command) -> None:
         usage_of(name, Wanted(command.pooling, command.metric, command.max_length), Settings(trust_remote_code=command.trust_remote_code))
         recipe = find_recipe(name)
         place = recipe.hub_id if recipe else str(Path(name))
+        if command.sweep:
+            _published(name)
         if place in places:
             raise UserError(f"--model {name} and --model {places[place]} are the same", "name each model once")
         places[place] = name
@@ -397,7 +449,25 @@ def _evaluate_named(name: str, command: Command, papers: list[Paper], per_paper:
     encoder, origins = load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
     evaluation = evaluate(encoder, papers, command.seed, name)
     per_paper[name] = evaluation.per_paper
-    return describe(encoder, command.eval_file, evaluation, origins, command.seed)
+    result = describe(encoder, command.eval_file, evaluation, origins, command.seed)
+    if command.sweep:
+        result["fit"] = fit_protocol(encoder, papers, evaluation, _published(name), command.seed)
+    return result
+
+
+def _published(name: str) -> dict[str, float]:
+    """The paper's figures of one of its models, by task.
+
+    Raises:
+        UserError: the paper has none for it.
+    """
+    from baseline_models import RECIPES, find_recipe
+
+    recipe = find_recipe(name)
+    if recipe is None or recipe.published is None:
+        known = ", ".join(key for key, one in RECIPES.items() if one.published)
+        raise UserError(f"--sweep: {name} is not in the paper's table", f"sweep one of {known}")
+    return dict(zip(TASKS, recipe.published, strict=True))
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "report_template.html", folder / "docs")
     (folder / "data").mkdir()
     for name in ("sample_train.jsonl", "sample_test.jsonl"):
         lines = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)

@@ -29,6 +29,7 @@ from semantic_benchmark import (
     bootstrap_interval,
     describe,
     evaluate,
+    implied_pool,
     main_score,
     notes_on,
     paired_difference,
@@ -622,6 +623,41 @@ def test_a_paired_difference_is_over_the_papers_that_both_have_and_draws_the_sam
     error = noise.std() / 20  # of the mean of 400 values
     assert mean == pytest.approx(noise.mean())
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
+
+
+def test_the_published_rows_of_the_recipes_are_the_papers() -> None:
+    names = {"SPECTER2 (base)": "SPECTER2_base", "SPECTER2 (proximity)": "SPECTER2_proximity", "RoBERTa SimCSE": "SimCSE", "NvEmbed-V2": "NV-Embed-v2"}
+    assert {name: one.published for name, one in RECIPES.items() if one.published} == {names.get(name, name): tuple(row[:4]) for name, *row in PUBLISHED}
+
+
+def test_the_implied_pool_is_where_random_pools_have_the_published_mean_rank() -> None:
+    """Pools of 41 drawn from 401 candidates: each of the others stands in one with chance 40/400, so a mean rank of 21 becomes 3."""
+    assert implied_pool(21.0, 401, 3.0) == pytest.approx(41)
+    assert implied_pool(21.0, 401, 21.0) == pytest.approx(401)
+    assert implied_pool(1.0, 401, 3.0) is None
+    draw = np.random.default_rng(0)
+    better = draw.integers(0, 41, size=20_000)  # candidates ahead of the positive, 20 on average
+    within_pool = 1 + draw.hypergeometric(better, 400 - better, 40)
+    assert implied_pool(1 + better.mean(), 401, within_pool.mean()) == pytest.approx(41, rel=0.02)
+
+
+def test_a_sweep_says_what_the_papers_protocol_would_have_to_be(papers_file: Callable[..., Path], tmp_path: Path) -> None:
+    """The bundled encoder stands in for a published checkpoint."""
+    eval_file, output = papers_file(rows_of_counted_words()), tmp_path / "out"
+    run_here("--model", BUNDLED, "--eval-file", eval_file, "--output-dir", output, "--sweep")
+    report = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
+    tasks, fit = report["tasks"], report["fit"]
+    assert set(fit) == {"abstract", "title + abstract"}
+    for task, published in zip(TASKS[:3], (3.09, 8.19, 1.11), strict=True):
+        mean = tasks[task]["mean_rank"]
+        assert fit["abstract"]["implied_pool"][task] == pytest.approx(1 + (published - 1) * (tasks[task]["pool"] - 1) / (mean - 1))
+    assert set(fit["title + abstract"]["implied_pool"]) <= {"query"}
+    assert fit["abstract"]["purity"]["10"] == tasks["clustering"]["purity"]
+    assert fit["title + abstract"]["purity"]["10"] != tasks["clustering"]["purity"]
+    for one in fit.values():
+        assert abs(one["purity"][str(one["nearest_k"])] - 0.730) == min(abs(purity - 0.730) for purity in one["purity"].values())
+    assert "- title + abstract: implied pool: query" in (output / "benchmark.md").read_text(encoding="utf-8")
+    assert "is not in the paper's table; sweep one of SemCSE, SciBERT" in refusal("--model", "SemCSE_cosine", "--eval-file", eval_file, "--sweep")
 
 
 def test_papers_of_named_training_files_are_left_out_for_all_models(tiny_bert: Path, papers_file: Callable[..., Path], tmp_path: Path) -> None:
