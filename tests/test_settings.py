@@ -96,7 +96,7 @@ def test_both_profiles_are_there_and_the_names_of_free_settings_are_real() -> No
 @profiles
 def test_the_metric_brings_its_margin_temperature_and_folder_unless_they_are_given(metric: Metric, profile: Profile) -> None:
     found = parse_settings(["--profile", profile, "--metric", metric])
-    assert (found.margin, found.temperature) == {"euclidean": (1.0, 1.0), "cosine": (0.1, 0.07)}[metric]
+    assert (found.margin, found.temperature) == {"euclidean": (1.0, 0.25), "cosine": (0.1, 0.07)}[metric]
     assert found.output_dir == f"runs/{profile}-{metric}"
     given = parse_settings(["--metric", metric, "--margin", "0", "--temperature", "3", "--output-dir", "here"])
     assert (given.margin, given.temperature, given.output_dir) == (0.0, 3.0, "here")
