@@ -18,6 +18,7 @@ ELSEWHERE = {"make quickstart", "make test", "make local-llm"}
 # Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
 NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper")
 
+SCRIPTS = ("main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py")
 ROAD = "runs/few"  # the folder of commands that need each other: they run in one test, in their order
 
 
@@ -98,7 +99,7 @@ def test_python_blocks(workspace: Path) -> None:
 
 
 def test_settings_named_in_the_readme_exist() -> None:
-    known = "".join(run_script(name, "--help").stdout for name in ("main.py", "semantic_benchmark.py"))
+    known = "".join(run_script(name, "--help").stdout for name in SCRIPTS)
     for flag in sorted(set(re.findall(r"`(--[a-z][a-z-]+)", README))):
         assert re.search(rf"{flag}\b", known), f"README names {flag}, which no script has"
 
