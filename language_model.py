@@ -131,6 +131,8 @@ _ABOUT_STUDY = re.compile(
     r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+ )?(?:study|studies|paper|article|manuscript|report|summary)\b"
     r"|\b[Tt]his (?:\w+ )?(?:work|research|review|investigation|analysis|experiment|abstract|text)\b"
     r"|\b[Tt]he (?:scientific|given) abstract\b|\b[Oo]ne[- ]sentence\b"
+    r"|\b(?:[Tt]he|[Tt]his) (?:subject|sentence|statement|question) (?:is|above)\b|\b[Ff]indings? above\b"
+    r"|\b[Ii]s a (?:\w+ )?fact\b|\b[Aa] (?:single )?fact (?:in|about)\b"
 )
 
 
