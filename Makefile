@@ -36,7 +36,7 @@ runs/smollm2/tokenizer.json: .venv-llm/.installed docs/local_llm.py
 	.venv-llm/bin/python docs/local_llm.py runs/smollm2
 
 local-llm: runs/smollm2/tokenizer.json  ## install a small language model and serve it on 127.0.0.1:8000 until Ctrl-C
-	HF_HUB_OFFLINE=1 .venv-llm/bin/transformers serve runs/smollm2 --host 127.0.0.1 --port 8000 --device cpu
+	HF_HUB_OFFLINE=1 .venv-llm/bin/transformers serve runs/smollm2 --host 127.0.0.1 --port 8000 --device cpu --continuous-batching
 
 clean:  ## remove the environments and all runs
 	rm -rf .venv .venv-llm runs
