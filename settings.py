@@ -42,7 +42,7 @@ class Settings:
     max_length: int = 512  # tokens kept of a text when embedding; saved with the model [ours]
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
     # contrastive training
-    loss: Loss = "triplet"  # triplet hinge over all in-batch negatives, or InfoNCE [S: triplet]
+    loss: Loss = "triplet"  # triplet hinge over all in-batch negatives, or InfoNCE, better on real papers (docs/experiments.md) [S: triplet]
     margin: float | None = None  # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.1 cosine [ours]
     temperature: float | None = None  # InfoNCE temperature in units of the distance; None: 0.25 euclidean [ours], 0.07 cosine [A]
     batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
