@@ -56,6 +56,8 @@ def main() -> None:
     """Train, score, write the tables."""
     command = files.parse_command_line(Command, None, Command())
     files.log_to_stderr()
+    if command.seeds < 2 or not set(command.recipe) <= set(RECIPES):
+        raise files.UserError("--seeds is below 2, or --recipe is unknown", f"give two seeds or more, and recipes of {', '.join(RECIPES)}")
     for name in command.recipe or RECIPES:
         table = "\n".join(recipe_lines(name, command)) + "\n"
         files.write_text(Path(command.output_dir) / f"table_{name}.md", table)
@@ -94,11 +96,18 @@ def reference_encoder(name: str, settings: Settings) -> Any:
 
 
 def trained_encoder(settings: Settings) -> Any:
-    """Train, or load what an earlier call trained."""
+    """Train, or load what an earlier call trained.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
     folder = Path(settings.output_dir)
+    wanted = folder / "settings.json"
+    if wanted.exists() and files.read_json(wanted) != dataclasses.asdict(settings):
+        raise files.UserError(f"{folder}: holds a run with other settings", "delete it, or name another --output-dir")
+    files.write_json(wanted, dataclasses.asdict(settings))
     if not (folder / "model" / "semcse.json").exists():
         papers, held_out = read_training_papers(settings, read_evaluation_papers(settings.eval_file))
-        folder.mkdir(parents=True, exist_ok=True)
         encoder = load_for_training(settings)
         train(encoder, papers, held_out, settings, folder)
         encoder.save(folder / "model", base=settings.encoder)

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, SHARED, make_paper, run_script
 
 from baseline_models import Wanted, load_model
+from files import UserError
 from load_data import SeenPapers, read_papers
 from semantic_benchmark import TASKS, evaluate, main_score, read_evaluation_papers
 from settings import Settings
@@ -65,3 +66,6 @@ def test_the_recipes_table_holds_paired_differences_of_every_seed(
 
     monkeypatch.setattr(reproduce_recipe, "train", fail)
     assert reproduce_recipe.recipe_lines("b", command)[4:-1][0].split("|")[2].strip() == rows["reference"][0]
+    monkeypatch.setitem(reproduce_recipe.RECIPES["b"], "max_steps", 3)
+    with pytest.raises(UserError, match="other settings"):
+        reproduce_recipe.recipe_lines("b", command)
