@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -28,6 +29,7 @@ from transformers.activations import get_activation
 from transformers.utils import logging as transformers_logs
 
 import files
+import packed
 from files import RunError, UserError
 from settings import Device, Metric, Pooling
 
@@ -38,7 +40,7 @@ BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 # Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is bounded by both, whatever the number of texts.
-CHUNK_TEXTS = 4096
+CHUNK_TEXTS = 1024
 # What SentencePiece's nmt_nfkc does before NFKC: control characters vanish, invisible marks and the replacement character become a space.
 NMT_DROPPED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
 NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
@@ -83,6 +85,7 @@ class Encoder:
     model: nn.Module
     tokenizer: Any
     usage: Usage
+    bf16: bool = False  # embed in bf16 autocast instead of float32
 
     @property
     def longest(self) -> int:
@@ -101,16 +104,29 @@ class Encoder:
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked out: it changes no vector."""
-        padded, mask = self._pad(ids)
-        output = self.model(input_ids=padded, attention_mask=mask)
-        vectors = output.pooler_output if self.usage.pooling == "pooler" else pool(output.last_hidden_state, mask, self.usage.pooling)
+        if packed.supports(self.model):
+            batch = packed.pack(ids, self._fill, self.device)
+            states = packed.hidden_states(self.model, batch)
+            vectors = torch.cat([self._pool(hidden, group.mask.long()) for hidden, group in zip(states, batch.groups, strict=True)])[batch.order]
+        else:
+            padded, mask = self._pad(ids)
+            vectors = self._pool(self.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask)
         return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if self.usage.pooling == "pooler":
+            return cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
+        return pool(hidden, mask, self.usage.pooling)
+
+    @property
+    def _fill(self) -> int:
+        """The id that padding is written with; it is masked out."""
+        return int(self.tokenizer.pad_token_id or 0)
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few different lengths keep the CPU kernels' caches small."""
         longest = min(_rounded(max(map(len, ids))), self.longest)
-        fill = self.tokenizer.pad_token_id or 0
-        padded = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in ids])
+        padded = torch.tensor([[*row, *[self._fill] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
         return padded.to(self.device), mask.long().to(self.device)
 
@@ -130,8 +146,7 @@ class Encoder:
         self.model.eval()
         try:
             with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
-                for start in range(0, len(texts), CHUNK_TEXTS):
-                    ids, cut_here = self._tokenize_counting([prompt + text for text in texts[start : start + CHUNK_TEXTS]])
+                for ids, cut_here in self._tokenized_chunks(texts, prompt):
                     cut += cut_here
                     parts.append(self._embed_chunk(ids, bar))
         finally:
@@ -140,6 +155,18 @@ class Encoder:
         if not torch.isfinite(vectors).all():
             raise RunError(f"model {self.name} returned vectors with NaN or infinity", "check its weights, and that it was not trained to divergence")
         return Embedded(vectors, cut)
+
+    def _tokenized_chunks(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[list[int]], int]]:
+        """(token ids, how many texts were cut) of CHUNK_TEXTS texts at a time; the next chunk is tokenized while the model works on this one."""
+        chunks = ([prompt + text for text in texts[start : start + CHUNK_TEXTS]] for start in range(0, len(texts), CHUNK_TEXTS))
+        with ThreadPoolExecutor(1) as ahead:
+            coming = None
+            for chunk in chunks:
+                ready, coming = coming, ahead.submit(self._tokenize_counting, chunk)
+                if ready is not None:
+                    yield ready.result()
+            if coming is not None:
+                yield coming.result()
 
     def _tokenize_counting(self, texts: list[str]) -> tuple[list[list[int]], int]:
         """(token ids, how many texts were cut). Only texts that fill the maximum length are tokenized a second time, whole."""
@@ -152,7 +179,9 @@ class Encoder:
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         vectors: Tensor | None = None
         for batch in _by_tokens(order, ids, BATCH_TOKENS[self.device.type]):
-            rows = self.forward([ids[i] for i in batch]).float().cpu()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                rows = self.forward([ids[i] for i in batch])
+            rows = rows.float().cpu()
             vectors = torch.empty(len(ids), rows.shape[1]) if vectors is None else vectors
             vectors[torch.tensor(batch)] = rows
             bar.update(len(batch))

@@ -335,15 +335,18 @@ def test_rank_decides_and_loss_parts_equal_ranks(tiny_bert: Path, tmp_path: Path
 
 
 def test_bf16_follows_float32_roughly(tiny_bert: Path, tmp_path: Path) -> None:
-    """The same training under bf16 autocast: other numbers, but close ones; weights stay float32."""
+    """The same training under bf16 autocast, without dropout, which draws otherwise there: other numbers, but close ones; weights stay float32."""
     losses: dict[Precision, list[float]] = {}
     for precision in cast(list[Precision], ["float32", "bf16"]):
         encoder = load(tiny_bert)
+        for module in encoder.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         train(encoder, toy_papers(60), toy_papers(10, 200), make_settings(precision=precision, max_steps=20), tmp_path / precision)
         losses[precision] = [row["loss"] for row in rows_of(tmp_path / precision)[0]]
         assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
     assert losses["bf16"] != losses["float32"]
-    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.1)
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 @pytest.mark.parametrize("capabilities, expected", [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)])
