@@ -346,7 +346,7 @@ def test_bf16_follows_float32_roughly(tiny_bert: Path, tmp_path: Path) -> None:
         losses[precision] = [row["loss"] for row in rows_of(tmp_path / precision)[0]]
         assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
     assert losses["bf16"] != losses["float32"]
-    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.06)
 
 
 @pytest.mark.parametrize("capabilities, expected", [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)])
