@@ -6,9 +6,12 @@ the batch is an in-batch negative.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,8 +20,12 @@ from settings import Loss, Metric
 
 # Numbers gathered at once by `_Scorer.exact`: 32 MiB of float64.
 CHUNK = 2**22
-# Scores held at once by `ranks` and `nearest`: 2^24 float32 are 64 MiB, whatever the number of queries.
-BLOCK_SCORES = 2**24
+# Queries and candidates scored at once by `ranks` and `nearest`: 4 MiB of float32 that stay in the cache while they are looked through.
+BLOCK_ROWS, BLOCK_COLUMNS = 256, 4096
+# All pairs of a block of queries, which may all be in doubt where vectors have collapsed: some 20 bytes each.
+MOST_PAIRS = 2**25
+# bf16 products are kept while fewer than one score in so many is left in doubt: a look at one in float64 costs as much as some hundred products.
+FEW = 512
 # Two float64 distances count as equal when they differ by less than this share of them: far above float64 rounding, far below any float32 difference.
 TIE = 1e-11
 
@@ -88,44 +95,58 @@ def spread(vectors: Tensor) -> float:
     return (centred.square().sum(dim=1).mean() / vectors.square().sum(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)).sqrt().item()
 
 
-def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor | None = None, block_scores: int = BLOCK_SCORES) -> Tensor:
+def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor | None = None) -> Tensor:
     """Exact mid-rank of each query's own candidate: 1 + how many others are strictly closer + half of those equally close. Best 1, worst m.
 
-    Candidates are counted by float32 matrix product; those too near to the positive to be told apart in float32 are decided in float64. Memory is
-    O(block_scores), never n x m. The positive is excluded by index, so rounding cannot make it outrank itself.
+    Candidates are counted by matrix product, block by block; those too near to the positive to be told apart so are decided in float64. Beyond the vectors it
+    takes the memory of a block, never n x m. The positive is excluded by index, so rounding cannot make it outrank itself.
 
     Args:
         queries: (n, d) float32.
         candidates: (m, d) float32.
         metric: which distance "closer" means.
         positives: (n,) index of each query's own candidate; None means candidate i for query i.
-        block_scores: scores held in memory at once.
 
     Returns:
         (n,) float64.
     """
     positives = torch.arange(len(queries)) if positives is None else positives
     scorer = _Scorer(queries, candidates, metric)
-    found = torch.empty(len(queries), dtype=torch.float64)
-    for start, score, doubt in scorer.blocks(block_scores):
-        rows = torch.arange(len(score))
-        own = positives[start : start + len(score)]
-        ahead = score - score[rows, own][:, None]  # > 0: closer than the positive, up to rounding
-        ahead[rows, own] = -torch.inf
-        closer = (ahead > doubt).sum(dim=1).double()
-        row, column = torch.nonzero(ahead.abs() <= doubt, as_tuple=True)
-        other = scorer.exact(start, len(score), row, column)
-        mine = scorer.exact(start, len(score), rows, own)[row]
-        tolerance = scorer.tolerance(other, mine)
-        weight = (other < mine - tolerance).double() + ((other - mine).abs() <= tolerance).double() / 2
-        found[start : start + len(score)] = 1 + closer.index_add_(0, row, weight)
+    found = torch.ones(len(queries), dtype=torch.float64)
+    for rows in scorer.row_blocks():
+        own, result = positives[rows], found[rows]
+        mine = scorer.exact(rows.start, len(own), torch.arange(len(own)), own)
+        threshold = scorer.one_each(rows, own)[:, None]
+        for columns in scorer.column_blocks():
+            closer, row, column = _near_positive(scorer, rows, columns, own, threshold)
+            other = scorer.exact(rows.start, len(own), row, column)
+            tolerance = scorer.tolerance(other, mine[row])
+            weight = (other < mine[row] - tolerance).double() + ((other - mine[row]).abs() <= tolerance).double() / 2
+            result += torch.from_numpy(closer).double() - torch.bincount(row, minlength=len(own))
+            result.index_add_(0, row, weight)
     return found
 
 
-def nearest(
-    queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None, block_scores: int = BLOCK_SCORES
-) -> tuple[Tensor, Tensor]:
-    """The k nearest candidates of each query, exactly: float32 finds them with a safety margin, float64 orders them; equal distances stand in index order.
+def _near_positive(scorer: _Scorer, rows: slice, columns: slice, own: Tensor, threshold: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """How many of some columns are closer to each row than its positive or in doubt, and (row, column) of those in doubt."""
+    score, doubt = scorer.scores(rows, columns)
+    low, high = (threshold - doubt).numpy(), (threshold + doubt).numpy()
+    near = score >= low
+    near[_own(own, columns)] = False
+    count = np.add.reduce(near.view(np.uint8), axis=1, dtype=np.int64)
+    if count.sum() * 16 < near.size:  # the usual case: a look at the few is cheaper than another comparison of all
+        row, column = np.divmod(np.flatnonzero(near), near.shape[1])
+        in_doubt = score[row, column] <= high[row, 0]
+        row, column = row[in_doubt], column[in_doubt]
+    else:
+        row, column = np.nonzero(near & (score <= high))
+    if scorer.too_many(len(row), near.size):
+        return _near_positive(scorer, rows, columns, own, threshold)
+    return count, torch.from_numpy(row), torch.from_numpy(column + columns.start)
+
+
+def nearest(queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k nearest candidates of each query, exactly: matrix products find them with a safety margin, float64 orders them, equal distances by index.
 
     Args:
         queries: (n, d) float32.
@@ -133,7 +154,6 @@ def nearest(
         k: neighbours wanted; at most m (m - 1 with `excluded`).
         metric: the distance.
         excluded: (n,) index of a candidate that may not be returned (the query itself), or None.
-        block_scores: scores held in memory at once.
 
     Returns:
         distances (n, k) float64 ascending and indices (n, k) int64.
@@ -143,63 +163,137 @@ def nearest(
     scorer = _Scorer(queries, candidates, metric)
     found_distances = torch.empty(len(queries), k, dtype=torch.float64)
     found = torch.empty(len(queries), k, dtype=torch.int64)
-    for start, score, doubt in scorer.blocks(block_scores):
-        if excluded is not None:
-            score[torch.arange(len(score)), excluded[start : start + len(score)]] = -torch.inf
-        kth = score.topk(k, dim=1).values[:, -1:]
-        row, column = torch.nonzero(score >= kth - doubt, as_tuple=True)
-        exact = scorer.exact(start, len(score), row, column)
-        order = torch.argsort(exact, stable=True)  # columns ascend within a row already, so equal distances keep index order
-        order = order[torch.argsort(row[order], stable=True)]
-        counts = torch.bincount(row, minlength=len(score))
-        first = torch.cumsum(counts, 0) - counts
-        take = order[first[:, None] + torch.arange(k)]
-        found_distances[start : start + len(score)] = scorer.as_distance(exact[take])
-        found[start : start + len(score)] = column[take]
+    for rows in scorer.row_blocks():
+        row, column = _near_best(scorer, rows, k, None if excluded is None else excluded[rows])
+        exact = scorer.exact(rows.start, rows.stop - rows.start, row, column)
+        take = _best(-exact, row, column, rows.stop - rows.start, k)
+        found_distances[rows], found[rows] = scorer.as_distance(exact[take]), column[take]
     return found_distances, found
 
 
+def _near_best(scorer: _Scorer, rows: slice, k: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(row, column) of everything that may be among the k nearest of each row."""
+    n = rows.stop - rows.start
+    kth = torch.full((n, 1), -torch.inf)  # a score that k candidates are known to reach
+    row, column, value = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+    for columns in scorer.column_blocks():
+        score, doubt = scorer.scores(rows, columns)
+        barred = _own(excluded, columns)
+        score[barred] = -np.inf
+        if score.shape[1] > k and not torch.isfinite(kth).all():
+            kth = torch.from_numpy(score).topk(k, dim=1).values[:, -1:] - doubt
+        near = score >= (kth - doubt).numpy()
+        near[barred] = False
+        more_row, more_column = np.divmod(np.flatnonzero(near), near.shape[1])
+        if scorer.too_many(len(more_row) - n * k, near.size):
+            return _near_best(scorer, rows, k, excluded)
+        row, column = torch.cat([row, torch.from_numpy(more_row)]), torch.cat([column, torch.from_numpy(more_column + columns.start)])
+        value = torch.cat([value, torch.from_numpy(score[more_row, more_column])])
+        if len(row) > 8 * n * k and bool((torch.bincount(row, minlength=n) >= k).all()):
+            kth = torch.maximum(kth, value[_best(value, row, column, n, k)][:, -1:] - doubt)
+            keep = value >= (kth - doubt)[row, 0]
+            row, column, value = row[keep], column[keep], value[keep]
+    return row, column
+
+
+def _own(columns: Tensor | None, block: slice) -> tuple[Any, Any]:
+    """Numpy index of the places in a block of scores where row i meets candidate `columns[i]`."""
+    if columns is None:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    row = torch.nonzero((columns >= block.start) & (columns < block.stop))[:, 0]
+    return row.numpy(), (columns[row] - block.start).numpy()
+
+
+def _best(value: Tensor, row: Tensor, column: Tensor, rows: int, k: int) -> Tensor:
+    """(rows, k) places of each row's k largest values, largest first, equal ones by column; each row has k or more."""
+    order = torch.from_numpy(np.lexsort((column.numpy(), -value.numpy(), row.numpy())))
+    counts = torch.bincount(row, minlength=rows)
+    return order[(torch.cumsum(counts, 0) - counts)[:, None] + torch.arange(k)]
+
+
 class _Scorer:
-    """Scores (higher is closer) of queries against candidates by float32 matrix product, with a bound on their rounding, and exact float64 values on demand.
+    """Scores (higher is closer) of queries against candidates by matrix product, with a bound on their rounding, and exact float64 values on demand.
 
     Both metrics are one: the cosine distance is half the squared distance of the unit vectors. Vectors are centred first (no distance changes) and brought to a
     size of about 1, so that neither a common offset nor their unit costs accuracy. The score q.c - |c|^2 / 2 orders candidates as the distance does.
+
+    On CPUs that multiply bf16 in hardware the products are taken in bf16 first (three times faster), with the wider bound that this needs, until so many
+    candidates fall inside it that float32 is faster.
     """
 
     def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
         if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
             raise ValueError("vectors hold NaN or infinity: they have no ranks")
         self.unit = metric == "cosine"
-        self.precise = [functional.normalize(v.double(), dim=-1) if self.unit else v.double() for v in (queries, candidates)]
-        centre = self.precise[1].mean(dim=0)
-        centred = [vectors - centre for vectors in self.precise]
-        size = max((vectors.abs().max().item() for vectors in centred if len(vectors)), default=0.0)
-        self.queries, self.candidates = ((vectors / (size or 1.0)).float() for vectors in centred)
-        lengths = [vectors.double().norm(dim=1) for vectors in (self.queries, self.candidates)]
+        self.vectors = queries, candidates
+        size = 1.0 if self.unit else max((float(vectors.abs().max()) for vectors in self.vectors if vectors.numel()), default=0.0) or 1.0
+        total = torch.zeros(candidates.shape[1], dtype=torch.float64)
+        for start in range(0, len(candidates), BLOCK_ROWS):  # in pieces that stay in the cache: float64 of all would be twice the vectors' size
+            total += self._precise(1, slice(start, start + BLOCK_ROWS)).sum(dim=0)
+        self.centre, self.scale = total / max(1, len(candidates)), 1 / size
+        self.queries, self.candidates = (self._centred(which) for which in (0, 1))
+        lengths = [torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64) for vectors in (self.queries, self.candidates)]
         self.half_squares = (lengths[1].square() / 2).float()
         longest = lengths[1].max() if len(candidates) else torch.zeros(())
         # rounding of the difference of two scores: (d + 4) eps |q| |c| for each product, as much for each |c|^2 / 2; a unit vector is good to some 1e-16
         eps = torch.finfo(torch.float32).eps * (queries.shape[1] + 4)
-        slack = 4e-15 / (size or 1.0) if self.unit else 0.0
+        slack = 4e-15 if self.unit else 0.0
         self.doubts = ((lengths[0] + longest) * (2 * eps * longest + slack)).float()[:, None]
+        # a number is good to 2^-8 of itself in bf16, a product of two to 2^-7 + 2^-16
+        self.bf16_doubts = self.doubts + (lengths[0] * longest * (2**-7 + 2**-15)).float()[:, None]
+        capabilities = torch.cpu.get_capabilities()
+        self.in_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
 
-    def blocks(self, block_scores: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first query row, scores of some queries against all candidates, (rows, 1) bound on the rounding of a difference of two of a row's scores)."""
-        rows = max(1, block_scores // max(1, len(self.candidates)))
-        for start in range(0, len(self.queries), rows):
-            stop = start + rows
-            yield start, torch.addmm(-self.half_squares, self.queries[start:stop], self.candidates.T), self.doubts[start:stop]
+    def _precise(self, which: int, rows: slice | Tensor) -> Tensor:
+        """Some queries (0) or candidates (1) in float64, unit vectors for the cosine."""
+        vectors = self.vectors[which][rows].double()
+        return functional.normalize(vectors, dim=-1) if self.unit else vectors
+
+    def _centred(self, which: int) -> Tensor:
+        centred = torch.empty_like(self.vectors[which])
+        for start in range(0, len(centred), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            centred[rows] = (self._precise(which, rows) - self.centre) * self.scale
+        return centred
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Cuts of the queries."""
+        step = max(1, min(BLOCK_ROWS, MOST_PAIRS // max(1, len(self.candidates))))
+        return (slice(start, min(start + step, len(self.queries))) for start in range(0, len(self.queries), step))
+
+    def column_blocks(self) -> Iterator[slice]:
+        """Cuts of the candidates."""
+        return (slice(start, min(start + BLOCK_COLUMNS, len(self.candidates))) for start in range(0, len(self.candidates), BLOCK_COLUMNS))
+
+    def scores(self, rows: slice, columns: slice) -> tuple[Any, Tensor]:
+        """(rows, columns) numpy scores of some queries against some candidates, and a (rows, 1) bound on the rounding of a difference of two of a row's."""
+        with _products_in("bf16" if self.in_bf16 else "ieee"):
+            score = torch.addmm(-self.half_squares[columns], self.queries[rows], self.candidates[columns].T)
+        return score.numpy(), (self.bf16_doubts if self.in_bf16 else self.doubts)[rows]
+
+    def too_many(self, in_doubt: int, scored: int) -> bool:
+        """Whether to score again in float32, and from now on, because bf16 left too much in doubt."""
+        if not self.in_bf16 or in_doubt * FEW <= scored:
+            return False
+        self.in_bf16 = False
+        return True
+
+    def one_each(self, rows: slice, columns: Tensor) -> Tensor:
+        """(rows,) score of each query against one candidate, in float32 from float64."""
+        one, other = self.queries[rows].double(), self.candidates[columns].double()
+        return ((one * other).sum(dim=1) - other.square().sum(dim=1) / 2).float()
 
     def exact(self, start: int, rows: int, row: Tensor, column: Tensor) -> Tensor:
         """(len(row),) float64: squared Euclidean distance or 1 - cosine of query start + row[j] and candidate column[j], 0 <= row < rows."""
-        queries, candidates = self.precise[0][start : start + rows], self.precise[1]
+        queries = self._precise(0, slice(start, start + rows))
         chunk = max(1, CHUNK // queries.shape[1])
-        if 8 * len(row) > rows * len(candidates):  # gathering would cost more than all distances do
-            squares = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist").square_()[row, column]
+        first, last = (int(column.min()), int(column.max()) + 1) if len(column) else (0, 0)
+        if 8 * len(row) > rows * (last - first):  # gathering would cost more than all distances do
+            candidates = self._precise(1, slice(first, last))
+            squares = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist").square_()[row, column - first]
         else:
-            squares = torch.cat(
-                [(queries[r] - candidates[c]).square().sum(dim=1) for r, c in zip(torch.split(row, chunk), torch.split(column, chunk), strict=True)]
-            )
+            pairs = zip(torch.split(row, chunk), torch.split(column, chunk), strict=True)
+            squares = torch.cat([(queries[r] - self._precise(1, c)).square().sum(dim=1) for r, c in pairs])
         return squares / 2 if self.unit else squares
 
     def tolerance(self, one: Tensor, other: Tensor) -> Tensor:
@@ -209,3 +303,14 @@ class _Scorer:
     def as_distance(self, exact: Tensor) -> Tensor:
         """What `exact` returned, as a distance."""
         return exact if self.unit else exact.sqrt()
+
+
+@contextlib.contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """Float32 matrix products on the CPU by "bf16" (inputs rounded, sums and result in float32; only where the hardware has it) or by "ieee" float32."""
+    mkldnn: Any = torch.backends.mkldnn  # untyped
+    before, mkldnn.matmul.fp32_precision = mkldnn.matmul.fp32_precision, precision
+    try:
+        yield
+    finally:
+        mkldnn.matmul.fp32_precision = before

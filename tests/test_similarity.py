@@ -5,6 +5,7 @@ Ranks and neighbours are compared with exact references: float32 vectors are rat
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import similarity
 from settings import Loss, Metric
 from similarity import contrastive_loss, distances, nearest, ranks, spread
 
@@ -48,7 +50,7 @@ def plain_distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
     """The textbook formulas in float64."""
     a, b = a.double(), b.double()
     if metric == "euclidean":
-        return (a[:, None] - b[None]).square().sum(dim=2).sqrt()
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     return 1 - (a @ b.T) / (a.square().sum(dim=1)[:, None] * b.square().sum(dim=1)[None]).sqrt()
 
 
@@ -258,12 +260,28 @@ def vector_sets(draw_one: st.DrawFn) -> tuple[Tensor, Tensor]:
     return vectors[queries], vectors[candidates]
 
 
-@settings(deadline=None, max_examples=150)
+@contextlib.contextmanager
+def blocks(rows: int, columns: int, bf16: bool | None = None, few: int = similarity.FEW) -> Iterator[None]:
+    """Blocks of another size; products first in bf16 or not, whatever the hardware; at most one in `few` scores left in doubt by it, 0: any number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, "BLOCK_ROWS", rows)
+        patch.setattr(similarity, "BLOCK_COLUMNS", columns)
+        patch.setattr(similarity, "FEW", few)
+        if bf16 is not None:
+            patch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": bf16})
+        yield
+
+
+ANY_BLOCKS = st.tuples(st.sampled_from([1, 3, 256]), st.sampled_from([1, 4, 4096]), st.booleans(), st.sampled_from([0, 2, 512]))
+
+
+@settings(deadline=None, max_examples=250)
 @given(st.data(), st.sampled_from(METRICS))
 def test_ranks_are_exact(data: st.DataObject, metric: Metric) -> None:
     queries, candidates = data.draw(vector_sets())
     positives = data.draw(st.lists(st.integers(0, len(candidates) - 1), min_size=len(queries), max_size=len(queries)))
-    found = ranks(queries, candidates, metric, torch.tensor(positives), block_scores=data.draw(st.sampled_from([1, 20, 10_000])))
+    with blocks(*data.draw(ANY_BLOCKS)):
+        found = ranks(queries, candidates, metric, torch.tensor(positives))
     assert found.dtype == torch.float64
     assert found.tolist() == exact_ranks(exact_keys(queries, candidates, metric), positives)
 
@@ -274,8 +292,8 @@ def test_nearest_are_exact(data: st.DataObject, metric: Metric) -> None:
     queries, candidates = data.draw(vector_sets())
     excluded = data.draw(st.none() | st.lists(st.integers(0, len(candidates) - 1), min_size=len(queries), max_size=len(queries)))
     k = data.draw(st.integers(1, len(candidates) - (excluded is not None)))
-    blocks = data.draw(st.sampled_from([1, 20, 10_000]))
-    _, found = nearest(queries, candidates, k, metric, None if excluded is None else torch.tensor(excluded), blocks)
+    with blocks(*data.draw(ANY_BLOCKS)):
+        _, found = nearest(queries, candidates, k, metric, None if excluded is None else torch.tensor(excluded))
     for i, keys in enumerate(exact_keys(queries, candidates, metric)):
         allowed = [c for c in range(len(candidates)) if excluded is None or c != excluded[i]]
         expected = sorted(allowed, key=lambda c: keys[c])[:k]  # sorted is stable: equal distances stay in index order
@@ -360,12 +378,13 @@ def test_ranks_do_not_depend_on_the_blocks(metric: Metric) -> None:
     queries, positives = draw(23, 5, seed=1), torch.arange(23) % 31
     whole = ranks(queries, candidates, metric, positives)
     assert (whole % 1 == 0.5).any()
-    for block_scores in (1, 30, 31, 32, 100, 23 * 31):
-        assert torch.equal(ranks(queries, candidates, metric, positives, block_scores), whole)
-        for found, expected in zip(
-            nearest(queries, candidates, 4, metric, positives, block_scores), nearest(queries, candidates, 4, metric, positives), strict=True
-        ):
-            assert torch.equal(found, expected)
+    expected = nearest(queries, candidates, 4, metric, positives)
+    for rows, columns in ((1, 1), (1, 31), (5, 7), (22, 30), (23, 2), (100, 100)):
+        for bf16, few in ((False, 0), (True, 0), (True, 1), (True, 512)):
+            with blocks(rows, columns, bf16, few):
+                assert torch.equal(ranks(queries, candidates, metric, positives), whole)
+                for one, other in zip(nearest(queries, candidates, 4, metric, positives), expected, strict=True):
+                    assert torch.equal(one, other)
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -384,24 +403,42 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_memory_is_that_of_a_block_not_of_all_pairs() -> None:
-    n, m, d, block_scores = 2_000, 20_000, 8, 2**18
+    n, m, d = 2_000, 20_000, 8
     candidates = draw(m, d)
     queries, positives = candidates[::10] + 0.1 * draw(n, d, seed=1), torch.arange(0, m, 10)
-    with LargestTensor() as largest:
-        found = ranks(queries, candidates, "euclidean", positives, block_scores)
-    assert 4 * (block_scores - m) <= largest.bytes <= 8 * block_scores  # it did work in blocks of this size; all pairs are 150 of them
+    with LargestTensor() as largest, blocks(64, 2_000):
+        found = ranks(queries, candidates, "euclidean", positives)
+    assert 4 * 64 * 2_000 <= largest.bytes <= 8 * m * d  # it did work in blocks of this size; the float64 vectors are larger, all pairs 100 times as large
     gaps = plain_distances(queries[::50], candidates, "euclidean")
     assert torch.equal(found[::50], 1 + (gaps < gaps.gather(1, positives[::50, None])).sum(dim=1).double())
 
 
 @each_metric
-def test_memory_of_a_collapsed_model_is_that_of_a_block_too(metric: Metric) -> None:
-    n, d, block_scores = 500, 16, 2**11
+def test_memory_of_a_collapsed_model_is_bounded_too(metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, d, pairs = 500, 16, 2**13
+    monkeypatch.setattr(similarity, "MOST_PAIRS", pairs)
     collapsed = draw(1, d).repeat(n, 1)
     with LargestTensor() as largest:
-        assert ranks(collapsed, collapsed, metric, block_scores=block_scores).eq((n + 1) / 2).all()
-        assert nearest(collapsed, collapsed, 3, metric, torch.arange(n), block_scores)[1][:2].tolist() == [[1, 2, 3], [0, 2, 3]]
-    assert largest.bytes <= 8 * d * block_scores < 4 * n * n
+        assert ranks(collapsed, collapsed, metric).eq((n + 1) / 2).all()
+        assert nearest(collapsed, collapsed, 3, metric, torch.arange(n))[1][:2].tolist() == [[1, 2, 3], [0, 2, 3]]
+    assert largest.bytes <= 16 * pairs < 4 * n * n
+
+
+@each_metric
+@pytest.mark.parametrize("bf16", [True, False])
+def test_large_sets_agree_with_brute_force(metric: Metric, bf16: bool) -> None:
+    """Several blocks of both kinds at their real sizes, near and far positives, dense clusters that bf16 cannot tell apart."""
+    generator = torch.Generator().manual_seed(5)
+    centres = torch.randn(40, 32, generator=generator)
+    candidates = centres[torch.randint(40, (9_000,), generator=generator)] + 0.05 * torch.randn(9_000, 32, generator=generator)
+    candidates[4_500:] = torch.randn(4_500, 32, generator=generator)
+    positives = torch.randint(9_000, (300,), generator=generator)
+    queries = candidates[positives] + torch.randn(300, 32, generator=generator) * torch.tensor([0.01, 0.1, 1.0]).repeat(100)[:, None]
+    gaps = plain_distances(queries.double(), candidates.double(), metric)
+    for few in (0, 512):
+        with blocks(256, 4096, bf16, few):
+            assert torch.equal(ranks(queries, candidates, metric, positives), 1 + (gaps < gaps.gather(1, positives[:, None])).sum(dim=1).double())
+            assert torch.equal(nearest(queries, candidates, 10, metric)[1], gaps.topk(10, largest=False).indices)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
