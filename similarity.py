@@ -185,7 +185,7 @@ def _near_best(scorer: _Scorer, rows: slice, k: int, excluded: Tensor | None) ->
         near = score >= (kth - doubt).numpy()
         near[barred] = False
         more_row, more_column = np.divmod(np.flatnonzero(near), near.shape[1])
-        if scorer.too_many(len(more_row) - n * k, near.size):
+        if scorer.too_many((len(more_row) - n * k) // 8, near.size):  # most are dropped again without a look in float64
             return _near_best(scorer, rows, k, excluded)
         row, column = torch.cat([row, torch.from_numpy(more_row)]), torch.cat([column, torch.from_numpy(more_column + columns.start)])
         value = torch.cat([value, torch.from_numpy(score[more_row, more_column])])
@@ -222,11 +222,12 @@ class _Scorer:
     """
 
     def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
-        if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
+        extremes = [torch.stack(vectors.aminmax()) for vectors in (queries, candidates) if vectors.numel()]  # NaN where there is one
+        if not all(torch.isfinite(pair).all() for pair in extremes):
             raise ValueError("vectors hold NaN or infinity: they have no ranks")
         self.unit = metric == "cosine"
         self.vectors = queries, candidates
-        size = 1.0 if self.unit else max((float(vectors.abs().max()) for vectors in self.vectors if vectors.numel()), default=0.0) or 1.0
+        size = 1.0 if self.unit else max((float(pair.abs().max()) for pair in extremes), default=0.0) or 1.0
         total = torch.zeros(candidates.shape[1], dtype=torch.float64)
         for start in range(0, len(candidates), BLOCK_ROWS):  # in pieces that stay in the cache: float64 of all would be twice the vectors' size
             total += self._precise(1, slice(start, start + BLOCK_ROWS)).sum(dim=0)
