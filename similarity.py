@@ -116,7 +116,7 @@ def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor
     for rows in scorer.row_blocks():
         own, result = positives[rows], found[rows]
         mine = scorer.exact(rows.start, len(own), torch.arange(len(own)), own)
-        threshold = scorer.one_each(rows, own)[:, None]
+        threshold = scorer.pair_scores(rows, torch.arange(len(own)), own)[:, None]
         for columns in scorer.column_blocks():
             closer, row, column = _near_positive(scorer, rows, columns, own, threshold)
             other = scorer.exact(rows.start, len(own), row, column)
@@ -193,6 +193,11 @@ def _near_best(scorer: _Scorer, rows: slice, k: int, excluded: Tensor | None) ->
             kth = torch.maximum(kth, value[_best(value, row, column, n, k)][:, -1:] - doubt)
             keep = value >= (kth - doubt)[row, 0]
             row, column, value = row[keep], column[keep], value[keep]
+    if scorer.in_bf16:  # float32 leaves some ten of a hundred for float64
+        value, doubt = scorer.pair_scores(rows, row, column), scorer.doubts[rows]
+        kth = value[_best(value, row, column, n, k)][:, -1:]
+        keep = value >= (kth - 2 * doubt)[row, 0]
+        row, column = row[keep], column[keep]
     return row, column
 
 
@@ -279,10 +284,12 @@ class _Scorer:
         self.in_bf16 = False
         return True
 
-    def one_each(self, rows: slice, columns: Tensor) -> Tensor:
-        """(rows,) score of each query against one candidate, in float32 from float64."""
-        one, other = self.queries[rows].double(), self.candidates[columns].double()
-        return ((one * other).sum(dim=1) - other.square().sum(dim=1) / 2).float()
+    def pair_scores(self, rows: slice, row: Tensor, column: Tensor) -> Tensor:
+        """(len(row),) scores of query rows.start + row[j] and candidate column[j], each good to float32."""
+        pieces = zip(torch.split(row + rows.start, BLOCK_COLUMNS), torch.split(column, BLOCK_COLUMNS), strict=True)
+        products = [(self.queries[r] * self.candidates[c]).sum(dim=1) for r, c in pieces]
+        scores: Tensor = torch.cat(products) - self.half_squares[column]
+        return scores
 
     def exact(self, start: int, rows: int, row: Tensor, column: Tensor) -> Tensor:
         """(len(row),) float64: squared Euclidean distance or 1 - cosine of query start + row[j] and candidate column[j], 0 <= row < rows."""

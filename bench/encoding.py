@@ -1,0 +1,78 @@
+"""Embedding abstracts beside sentence-transformers (torch, its defaults; and its OpenVINO backend where its environment is installed)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+from common import MINILM, ROOT, deberta_folder, gemm_peak, interleaved, linear_operations, our_encoder, row, smallest_cosine, texts
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from encoder import find_model
+from similarity import ranks
+
+OPENVINO = ROOT / ".venv-openvino" / "bin" / "python"
+
+
+def rank_shift(vectors: torch.Tensor, exact: torch.Tensor) -> float:
+    """By how much the mean rank changes when vectors are replaced: each text's neighbour in the list is its positive, the hardest case there is."""
+    turned = exact.roll(1, dims=0)
+    return abs(float(ranks(vectors, vectors.roll(1, dims=0), "cosine").mean() - ranks(exact, turned, "cosine").mean()))
+
+
+def measure(name: str, folder: str, abstracts: list[str], rounds: int, operation: str) -> list[dict[str, Any]]:
+    """Ours in bf16 and in float32 against sentence-transformers' defaults."""
+    transformer = Transformer(folder)
+    peer = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu")
+    peer.max_seq_length = 512
+    half, full = our_encoder(folder), our_encoder(folder)
+    half.bf16 = True
+    kept: dict[str, Any] = {}
+    works = {
+        "bf16": lambda: kept.update(bf16=half.embed(abstracts).vectors),
+        "float32": lambda: kept.update(float32=full.embed(abstracts).vectors),
+        "theirs": lambda: kept.update(theirs=peer.encode(abstracts, show_progress_bar=False, convert_to_tensor=True)),
+    }
+    half.embed(abstracts[:64])
+    best = interleaved(works, rounds)
+    tokens = sum(map(len, full.tokenize(abstracts, 512)))
+    share = linear_operations(full.model) * tokens / best["bf16"] / gemm_peak(torch.bfloat16)
+    version = f"sentence-transformers {sentence_transformers.__version__}"
+    shift = rank_shift(kept["bf16"], kept["theirs"])
+    close = f"cosine to float32 {smallest_cosine(kept['bf16'], kept['theirs']):.6f} or more; mean rank of {len(abstracts)} moves by {shift:.4f}"
+    exact = f"largest difference {float((kept['float32'] - kept['theirs']).abs().max()):.0e}"
+    unit = {"unit": f"seconds for {len(abstracts)} abstracts of {tokens / len(abstracts):.0f} tokens, {name}"}
+    found = [
+        row(operation, f"{version}, float32", version, best["bf16"], best["theirs"], 2.0, share_of_gemm_peak=round(share, 3), agreement=close, **unit),
+        row(f"{operation}_float32", f"{version}, float32", version, best["float32"], best["theirs"], None, agreement=exact, **unit),
+    ]
+    if OPENVINO.exists() and folder == str(find_model(MINILM)):
+        found.append(openvino(abstracts, best["bf16"], kept["theirs"], unit))
+    return found
+
+
+def openvino(abstracts: list[str], ours: float, exact: torch.Tensor, unit: dict[str, str]) -> dict[str, Any]:
+    """The peer to beat next, in a process and an environment of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "texts.json").write_text(json.dumps(abstracts), encoding="utf-8")
+        command = [str(OPENVINO), str(ROOT / "bench" / "openvino_peer.py"), str(find_model(MINILM)), scratch]
+        seconds, version = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        vectors = np.load(Path(scratch) / "vectors.npy")
+    close = f"its cosine to float32 {smallest_cosine(vectors, exact):.6f} or more"
+    return row("encode_minilm_vs_openvino", f"sentence-transformers, OpenVINO {version}", version, ours, seconds, None, agreement=close, **unit)
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """All rows of embedding."""
+    found = measure("MiniLM", str(find_model(MINILM)), texts(256 if quick else 2_000, 150, 300), 2, "encode_minilm_vs_st")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = deberta_folder(Path(scratch))
+        found += measure("DeBERTa-v3-base's shape", str(folder), texts(32 if quick else 128, 250, 250), 1 if quick else 2, "encode_deberta_vs_st")
+    return found
