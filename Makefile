@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help quickstart test local-llm clean
+.PHONY: help quickstart test local-llm bench clean
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -38,5 +38,21 @@ runs/smollm2/tokenizer.json: .venv-llm/.installed docs/local_llm.py
 local-llm: runs/smollm2/tokenizer.json  ## install a small language model and serve it on 127.0.0.1:8000 until Ctrl-C
 	HF_HUB_OFFLINE=1 .venv-llm/bin/transformers serve runs/smollm2 --host 127.0.0.1 --port 8000 --device cpu --continuous-batching
 
+# The peers that speed is measured against have an environment of their own; OpenVINO's asks for an older transformers and gets a third one.
+.venv-bench/.installed: requirements.txt bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	@touch $@
+
+.venv-openvino/.installed: bench/requirements-openvino.txt
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-openvino/bin/pip install --quiet --disable-pip-version-check -r bench/requirements-openvino.txt
+	@touch $@
+
+bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (25 minutes; QUICK=1: 8)
+	.venv-bench/bin/python bench/run.py $(if $(QUICK),--quick)
+
 clean:  ## remove the environments and all runs
-	rm -rf .venv .venv-llm runs
+	rm -rf .venv .venv-llm .venv-bench .venv-openvino runs
