@@ -2,9 +2,9 @@
 
     python docs/scirepeval_average.py scirepeval_results.json --s2and 93.0
 
-How the paper forms them is not stated. Inferred: the weights from its twelve rows, which they reproduce; the rest from public result files of SPECTER2 and SciNCL
-(repository J0nasW/SciEmbed-release), which no other reading that we tried brings to the paper's columns. A task's score is the mean over its metrics; a task
-with few-shot runs counts half by its complete run, half by the mean of those. The ninth proximity task, S2AND, has a script and a result file of its own.
+How the paper forms them is not stated. Inferred: the weights from its twelve rows, which they reproduce; the rest from public result files of two of its models
+(docs/other_harnesses.md). A task's score is the mean over its metrics; a task with few-shot runs counts half by its complete run, half by the mean of those.
+The ninth proximity task, S2AND, has a script and a result file of its own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
 
 WEIGHTS = {"classification": 6, "regression": 5, "proximity": 9, "search": 3}  # numbers of tasks
-MAP, RANKS = ("map",), ("map", "ndcg")
+Metrics = tuple[str, ...]
 # Category -> task of scirepeval_tasks.jsonl -> its metrics.
-TASKS: dict[str, dict[str, tuple[str, ...]]] = {
-    "classification": {"Biomimicry": ("f1",)} | dict.fromkeys(["DRSM", "SciDocs MAG", "SciDocs MeSH", "Fields of study", "MeSH"], ("f1_macro",)),
+TASKS: dict[str, dict[str, Metrics]] = {
+    "classification": {"Biomimicry": ("f1",), **dict.fromkeys(["DRSM", "SciDocs MAG", "SciDocs MeSH", "Fields of study", "MeSH"], ("f1_macro",))},
     "regression": dict.fromkeys(["Peer Review Score", "Max hIndex", "Tweet Mentions", "Citation Count", "Publication Year"], ("kendalltau",)),
-    "proximity": dict.fromkeys(["SciDocs Cite", "SciDocs CoView", "SciDocs CoCite", "SciDocs CoRead"], RANKS)
-    | {"Same Author Detection": MAP, "Highly Influential Citations": MAP, "RELISH": ("ndcg",)}
-    | {"Paper-Reviewer Matching": ("hard_P_5", "hard_P_10", "soft_P_5", "soft_P_10")},
+    "proximity": {
+        **dict.fromkeys(["SciDocs Cite", "SciDocs CoView", "SciDocs CoCite", "SciDocs CoRead"], ("map", "ndcg")),
+        **dict.fromkeys(["Same Author Detection", "Highly Influential Citations"], ("map",)),
+        "RELISH": ("ndcg",),
+        "Paper-Reviewer Matching": ("hard_P_5", "hard_P_10", "soft_P_5", "soft_P_10"),
+    },
     "search": dict.fromkeys(["Search", "TREC-CoVID", "NFCorpus"], ("ndcg",)),
 }
 FEW_SHOT = ("Biomimicry", "DRSM", "Fields of study")
@@ -69,13 +72,13 @@ def category_scores(results: Mapping[str, Any], s2and: float | None = None) -> t
     return categories, reasons
 
 
-def task_score(result: Any, metrics: tuple[str, ...], few_shot: bool) -> float | None:
+def task_score(result: Any, metrics: Metrics, few_shot: bool) -> float | None:
     """A task's score in percent; None if a metric or a run is missing or not a number."""
     if not isinstance(result, dict):
         return None
     if not few_shot:
-        values = [result.get(metric) for metric in metrics]
-        return math.fsum(values) / len(values) if all(isinstance(value, (int, float)) and math.isfinite(value) for value in values) else None
+        values = [value for metric in metrics if isinstance(value := result.get(metric), (int, float)) and math.isfinite(value)]
+        return math.fsum(values) / len(values) if len(values) == len(metrics) else None
     runs = result.get("few_shot")
     shots = [task_score(run.get("results"), metrics, False) for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
     known = [shot for shot in shots if shot is not None]
@@ -83,7 +86,7 @@ def task_score(result: Any, metrics: tuple[str, ...], few_shot: bool) -> float |
     return None if complete is None or not known or len(known) < len(shots) else (complete + math.fsum(known) / len(known)) / 2
 
 
-def _reason(result: Any, metrics: tuple[str, ...]) -> str:
+def _reason(result: Any, metrics: Metrics) -> str:
     if result is None:
         return "not in the file"
     return f"failed: {result['error']}" if isinstance(result, dict) and "error" in result else f"lacks {' or '.join(metrics)}, or its few-shot runs"

@@ -22,7 +22,7 @@ from encoder import Usage, load_encoder
 from settings import Metric, Pooling
 
 OLD_PYTHON = os.environ.get("SEMCSE_OLD_PYTHON", "")
-# What a stranger types, in words that old and new versions know. Prints {"versions": ..., "plain": vectors, "sentence": vectors, "similarity": of the first two}.
+# What a stranger types, in words that old and new versions know. Prints versions, vectors by both ways, and the similarity of the first two texts.
 STRANGER = """
 import json, sys
 import torch, transformers, sentence_transformers, tokenizers
@@ -56,7 +56,7 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator([sentence(*range(40))], trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet))
     tokenizer.model.save(str(folder))
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.1}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.1}
     RobertaModel(RobertaConfig(vocab_size=340, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1, **sizes)).save_pretrained(folder)
     return folder
 
