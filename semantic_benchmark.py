@@ -2,6 +2,7 @@
 
 The protocol is written in README ("Benchmark protocol"): what the paper leaves open is our definition there. Usage:
     python semantic_benchmark.py --model runs/quickstart-euclidean/model --model all-MiniLM-L6-v2 --eval-file data/sample_test.jsonl
+Other harnesses (mteb, SciRepEval) are in docs/other_harnesses.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -314,6 +316,7 @@ class Command:
     eval_file: str = Settings.eval_file  # papers file with title and abstract; query and field where known
     trained_on: tuple[str, ...] = ()  # papers file that one of the models was trained on: its papers are left out for all models; may be repeated
     sweep: bool = False  # also say which pool sizes and k would bring one of the paper's models to its published figures
+    export_scirepeval: str = ""  # instead of scoring: write the one --model to this new folder as SciRepEval's own code loads it
     output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -329,6 +332,9 @@ def run(command: Command) -> None:
         print(list_of_models())
         return
     _check(command)
+    if command.export_scirepeval:
+        export_scirepeval(_load(command.model[0], command)[0], Path(command.export_scirepeval))
+        return
     papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
     _check_models(command)
     papers, dropped = _without_training_papers(papers, command)
@@ -422,6 +428,10 @@ def _check(command: Command) -> None:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
     if command.max_length is not None and command.max_length < 3:
         raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
+    if command.export_scirepeval and len(command.model) > 1:
+        raise UserError("--export-scirepeval writes one model", "give one --model")
+    if command.export_scirepeval and Path(command.export_scirepeval).exists():
+        raise UserError(f"--export-scirepeval {command.export_scirepeval}: exists", "name a new folder")
     files.check_output_folder(Path(command.output_dir))
 
 
@@ -443,16 +453,40 @@ def _check_models(command: Command) -> None:
 
 def _evaluate_named(name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]) -> dict[str, Any]:
     """One model's object of benchmark.json; its ranks and purities go into `per_paper`."""
-    from baseline_models import Wanted, load_model
-
-    settings = Settings(device=command.device, trust_remote_code=command.trust_remote_code)
-    encoder, origins = load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
+    encoder, origins = _load(name, command)
     evaluation = evaluate(encoder, papers, command.seed, name)
     per_paper[name] = evaluation.per_paper
     result = describe(encoder, command.eval_file, evaluation, origins, command.seed)
     if command.sweep:
         result["fit"] = fit_protocol(encoder, papers, evaluation, _published(name), command.seed)
     return result
+
+
+def _load(name: str, command: Command) -> tuple[Encoder, dict[str, str]]:
+    """(the model as the command line asks for it, where each part of its usage was read)."""
+    from baseline_models import Wanted, load_model
+
+    settings = Settings(device=command.device, trust_remote_code=command.trust_remote_code)
+    return load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
+
+
+def export_scirepeval(encoder: Encoder, folder: Path) -> None:
+    """Write `folder`/model and `folder`/tokenizer, which SciRepEval's own code loads; it pools by CLS or mean and ranks by Euclidean distance.
+
+    Raises:
+        UserError: the model is used in a way that this code does not know, so that its scores there would not be the model's.
+    """
+    theirs = {"metric": "euclidean", "max_length": 512, "query_prompt": "", "document_prompt": "", "normalize": False}
+    other = [f"{key} is {value!r}" for key, value in dataclasses.asdict(encoder.usage).items() if theirs.get(key, value) != value]
+    other += [f"its tokenizer has no {token}" for token in ("sep_token", "pad_token") if getattr(encoder.tokenizer, token) is None]
+    if other:
+        raise UserError(f"model {encoder.name} cannot be exported for SciRepEval: {other[0]}", "use the wrapper in docs/other_harnesses.md")
+    with files.atomic_path(folder) as partial:
+        encoder.save(partial / "model", base=encoder.name)
+        (partial / "tokenizer").mkdir()
+        for file in (partial / "model").glob("*token*.json"):
+            shutil.copy(file, partial / "tokenizer")
+    log.info("wrote %s; in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s", folder, folder.resolve(), encoder.usage.pooling)
 
 
 def _published(name: str) -> dict[str, float]:
