@@ -13,10 +13,8 @@ import logging
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from settings import Settings
 
 log = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
 HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git)", re.ASCII)
 NEEDED = ("semcse.json", "config.json", "modules.json", "1_Pooling/config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors")
 # What goes up of a model folder; whatever else stands in it (checkpoints, optimizer state, notes) stays here.
@@ -72,10 +69,8 @@ def public(name: str) -> str:
 
 
 def origins(run: Run, folder: Path) -> dict[str, Any]:
-    """What is known of the model and the texts that training started from: `base` (its name), `base_id` (on the Hub), `base_license`, `writer` (the language
-    model named by the generator's report beside the training file) and `sources` (of the training file's papers, with their numbers). Empty: unknown.
-
-    A training file that is gone, or was changed after the run began, tells nothing of the run.
+    """What is known of where a run began; empty: unknown. `base`: the encoder's name, `base_id`: on the Hub, `base_license`, `writer`: the language model that
+    the generator's report beside the training file names, `sources`: of that file's papers. A file that was changed after the run began tells nothing of it.
     """
     from baseline_models import find_recipe
 
@@ -84,9 +79,9 @@ def origins(run: Run, folder: Path) -> dict[str, Any]:
     base = recipe.hub_id if recipe else public(encoder)
     told = path.is_file() and path.stat().st_mtime <= (folder / "settings.json").stat().st_mtime
     writer = public(str(files.read_json(report).get("model", ""))) if told and report.is_file() else ""
-    sources = Counter(paper.source for paper in read_papers(path, skip_invalid=True) if paper.source) if told else Counter()
+    sources = sorted({paper.source for paper in read_papers(path, skip_invalid=True)} - {""}) if told else []
     known = {"base": base, "base_id": base if "/" in base else "", "base_license": recipe.licence.replace("unknown", "") if recipe else ""}
-    return known | {"writer": writer, "sources": dict(sources.most_common())}
+    return known | {"writer": writer, "sources": sources}
 
 
 def eval_results(benchmark: Mapping[str, Any]) -> list[hub.EvalResult]:
@@ -111,24 +106,24 @@ def code(value: object) -> str:
 
 def describe(run: Run, folder: Path, command: Command) -> dict[str, Any]:
     """Everything the card's template needs, but the model's name and the example texts."""
-    settings, benchmark = run.facts["settings"], run.results["benchmark"]
+    benchmark, sample = run.results["benchmark"], run.facts["settings"]["train_file"] == Settings.train_file
     scores = {ROWS[stem]: {task: result["tasks"][task][main_score(task)] for task in TASKS} for stem, result in run.results.items()}
-    perf = perf_scores(scores) if len({str(row) for row in scores.values()}) > 2 else {}  # two rows may be one and the same use of one model
-    perf = perf if None not in perf.values() else {}
+    perf = perf_scores(scores)
+    if None in perf.values() or len({str(row) for row in scores.values()}) < 3:  # two rows may be one and the same use of one model
+        perf = {}
     table = table_lines({ROWS[stem]: result for stem, result in run.results.items()}, perf)
     notes = notes_on(benchmark | {"eval_file": code(Path(benchmark["eval_file"]).name)})
-    citation = yaml.safe_load((HERE / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
-    known = {"run": run, "s": settings, "sample": settings["train_file"] == Settings.train_file, "rows": ROWS, "perf": perf, "table": "\n".join(table)}
-    known |= {"notes": notes, "citation": citation, "license": command.license, "llm_license": command.llm_license}
-    return known | origins(run, folder)
+    citation = yaml.safe_load(Path(__file__).with_name("CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    known = {"run": run, "s": run.facts["settings"], "sample": sample, "rows": ROWS, "perf": perf, "table": table, "notes": notes, "citation": citation}
+    return known | {"license": command.license, "llm_license": command.llm_license} | origins(run, folder)
 
 
 def body(facts: Mapping[str, Any], name: str, texts: tuple[str, ...]) -> str:
     """The card without its metadata. In its two blocks of Python the model is called `name` and embeds `texts`."""
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"code": code, "literal": lambda value: json.dumps(value, ensure_ascii=False), "file": lambda path: Path(path).name}
-    template = made.from_string((HERE / "docs" / "model_card.md.j2").read_text(encoding="utf-8"))
-    return template.render(facts, name=name, texts=texts).strip() + "\n"
+    template = Path(__file__).parent / "docs" / "model_card.md.j2"
+    return made.from_string(template.read_text(encoding="utf-8")).render(facts, name=name, texts=texts).strip() + "\n"
 
 
 def card(facts: Mapping[str, Any], repo_id: str) -> str:
@@ -144,11 +139,7 @@ def card(facts: Mapping[str, Any], repo_id: str) -> str:
 
 
 def chosen_files(model: Path, facts: Mapping[str, Any], text: str) -> dict[str, Path | bytes]:
-    """{path in the repository: file, or content}. Paths of this machine are taken out of our own files.
-
-    Raises:
-        UserError: a file of the model folder is missing, or its marker is not what the run says.
-    """
+    """{path in the repository: file, or content}, no path of this machine in ours. UserError: a file is missing, or semcse.json is not what the run says."""
     from encoder import read_marker
 
     if missing := [name for name in NEEDED if not any(model.glob(name))]:
@@ -160,16 +151,12 @@ def chosen_files(model: Path, facts: Mapping[str, Any], text: str) -> dict[str, 
     benchmark = benchmark | {"model": facts["base"], "eval_file": Path(benchmark["eval_file"]).name}
     written = {"semcse.json": files.read_json(model / "semcse.json") | {"base": facts["base"]}, "benchmark.json": benchmark}
     ours = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in written.items()}
-    found = [path.relative_to(model).as_posix() for path in sorted(model.rglob("*")) if path.is_file()]
-    return {name: model / name for name in found if any(fnmatchcase(name, used) for used in USED)} | ours | {"README.md": text.encode()}
+    found: dict[str, Path | bytes] = {path.relative_to(model).as_posix(): path for used in USED for path in sorted(model.glob(used)) if path.is_file()}
+    return found | ours | {"README.md": text.encode()}
 
 
 def check_vectors(model: Path, text: str) -> None:
-    """Run the two blocks of Python in `text`, a card's `body` that embeds PROBES with the folder `model`, and compare with this project's own vectors.
-
-    Raises:
-        UserError: one of them fails or gives other vectors.
-    """
+    """Run the two blocks of Python in `text`, a card's `body` that embeds PROBES with the folder `model`. UserError: one fails or gives other vectors."""
     from baseline_models import Wanted, load_model
 
     ours = load_model(str(model), Wanted(), Settings(device="cpu"))[0].embed(PROBES).vectors.numpy()

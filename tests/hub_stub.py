@@ -2,8 +2,8 @@
 
 with HubStub(token="hf_x") as hub: run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=an empty folder)
 
-Files of more than LFS_FROM bytes go the way of git-lfs, the others inside the commit. Requests are noted in `hub.asked`. With `hub.refuse` it answers what has
-this in its path with an HTTP status and, as no server should, repeats the token it was sent. A public repository is read without a token, all else is not.
+Files of more than LFS_FROM bytes go the way of git-lfs. Requests are noted in `hub.asked`. With `hub.refuse` it answers what has this in its path with an HTTP
+status and, as no server should, repeats the token it was sent. Public repositories are read without a token; all else needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 LFS_FROM = 20_000
@@ -24,6 +24,7 @@ LFS_FROM = 20_000
 class Repo:
     """A repository: its files, the id of its last commit, and the paths that each commit changed."""
 
+    hub: HubStub
     private: bool
     sha: str = "0" * 40
     files: dict[str, bytes] = field(default_factory=dict)
@@ -34,30 +35,22 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class HubStub:
-    """The server, in a thread, while the `with` block lasts."""
+class HubStub(ThreadingHTTPServer):
+    """The server, in a thread, until the `with` block ends."""
 
     def __init__(self, token: str) -> None:
-        self.token, self.repos, self.stored = token, dict[str, Repo](), dict[str, bytes]()
-        self.asked: list[str] = []
-        self.refuse: tuple[str, int] = ("no such path", 0)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> HubStub:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.token, self.url, self.refuse = token, f"http://127.0.0.1:{self.server_address[1]}", ("no such path", 0)
+        self.repos, self.stored, self.asked = dict[str, Repo](), dict[str, bytes](), list[str]()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def __exit__(self, *exception: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection. `on_X(repo, words of the path, body)` answers what is asked of a repository."""
-
-    hub: HubStub
-    protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -71,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"" if self.command == "HEAD" else content)
 
     def handle_any(self) -> None:
-        path, hub, sent = unquote(urlsplit(self.path).path), self.hub, self.headers.get("Authorization", "")
+        path, hub, sent = unquote(urlsplit(self.path).path), cast(HubStub, self.server), self.headers.get("Authorization", "")
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.asked.append(f"{self.command} {path}")
         words = path.removeprefix("/api/models").strip("/").split("/")
@@ -84,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         elif sent != f"Bearer {hub.token}" and (repo is None or repo.private or self.command == "POST"):
             self.answer(401, {"error": "Invalid username or password."})
         elif path in ("/api/repos/create", "/api/validate-yaml"):
-            self.answer(*self.create(json.loads(content)) if path.endswith("create") else (200, {"errors": [], "warnings": []}))
+            self.answer(*self.create(hub, json.loads(content)) if path.endswith("create") else (200, {}))
         elif repo is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
@@ -92,10 +85,10 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def create(self, wanted: dict[str, Any]) -> tuple[int, dict[str, str]]:
+    def create(self, hub: HubStub, wanted: dict[str, Any]) -> tuple[int, dict[str, str]]:
         name = f"{wanted['organization']}/{wanted['name']}"
-        known = self.hub.repos.setdefault(name, new := Repo(wanted.get("visibility") == "private")) is not new
-        return 409 if known else 200, {"url": f"{self.hub.url}/{name}"}
+        old = hub.repos.setdefault(name, new := Repo(hub, wanted.get("visibility") == "private")) is not new
+        return 409 if old else 200, {"url": f"{hub.url}/{name}"}
 
     def on_revision(self, repo: Repo, words: list[str], _: bytes) -> None:
         self.answer(200, {"id": "/".join(words[:2]), "sha": repo.sha, "private": repo.private, "siblings": [{"rfilename": name} for name in repo.files]})
@@ -107,22 +100,20 @@ class Handler(BaseHTTPRequestHandler):
                 one["oid"] = hashlib.sha256(there).hexdigest() if one["uploadMode"] == "lfs" else git_hash(there)
         self.answer(200, {"files": found})
 
-    def on_info(self, _: Repo, __: list[str], content: bytes) -> None:
-        wanted = [one for one in json.loads(content)["objects"] if one["oid"] not in self.hub.stored]
-        self.answer(200, {"objects": [one | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}} for one in wanted]})
+    def on_info(self, repo: Repo, _: list[str], content: bytes) -> None:
+        wanted = [one for one in json.loads(content)["objects"] if one["oid"] not in repo.hub.stored]
+        self.answer(200, {"objects": [one | {"actions": {"upload": {"href": f"{repo.hub.url}/lfs/{one['oid']}"}}} for one in wanted]})
 
     def on_commit(self, repo: Repo, words: list[str], content: bytes) -> None:
         rows = [(row["key"], row["value"]) for row in map(json.loads, content.splitlines()) if row["key"] != "header"]
-        new = {one["path"]: base64.b64decode(one["content"]) if kind == "file" else self.hub.stored[one["oid"]] for kind, one in rows}
-        repo.files |= new
-        repo.commits.append(sorted(new))
-        repo.sha = git_hash(content)
-        self.answer(200, {"commitUrl": f"{self.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}", "commitOid": repo.sha})
+        new = {one["path"]: base64.b64decode(one["content"]) if kind == "file" else repo.hub.stored[one["oid"]] for kind, one in rows}
+        repo.sha, repo.files, repo.commits = git_hash(content), repo.files | new, [*repo.commits, sorted(new)]
+        self.answer(200, {"commitUrl": f"{repo.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}", "commitOid": repo.sha})
 
-    def on_tree(self, repo: Repo, _: list[str], __: bytes) -> None:
-        self.answer(200, [{"type": "file", "path": name, "size": len(content), "oid": git_hash(content)} for name, content in repo.files.items()])
+    def on_tree(self, repo: Repo, *_: object) -> None:
+        self.answer(200, [{"type": "file", "path": name, "size": len(text), "oid": git_hash(text)} for name, text in repo.files.items()])
 
     def on_resolve(self, repo: Repo, words: list[str], _: bytes) -> None:
         content = repo.files.get("/".join(words[4:]))
-        headers = {"X_Error_Code": "EntryNotFound"} if content is None else {"ETag": f'"{git_hash(content)}"'}
-        self.answer(404 if content is None else 200, content, X_Repo_Commit=repo.sha, **headers)
+        told = {"X_Error_Code": "EntryNotFound"} if content is None else {"ETag": f'"{git_hash(content)}"'}
+        self.answer(404 if content is None else 200, content, X_Repo_Commit=repo.sha, **told)
