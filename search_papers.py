@@ -53,7 +53,7 @@ def read_vectors(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
             column = read_table(path, columns=["vector"])["vector"].combine_chunks()
-            vectors = column.flatten().to_numpy().reshape(len(column), -1)
+            vectors = column.flatten().to_numpy(zero_copy_only=False, writable=True).reshape(len(column), -1)
         else:
             vectors = np.load(path, mmap_mode="c")  # "c": torch wants memory that could be written to
     except (OSError, ValueError, EOFError) as error:  # pyarrow's errors are among these

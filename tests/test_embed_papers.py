@@ -219,7 +219,7 @@ def test_a_stop_while_the_output_is_put_in_place_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed_papers.shutil, "rmtree", stop)
+        patch.setattr("shutil.rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             embed(*words)
     (tmp_path / "v.npy").unlink()
