@@ -26,6 +26,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 256, 4096
 MOST_PAIRS = 2**25
 # bf16 products are kept while fewer than one score in so many is left in doubt: a look at one in float64 costs as much as some hundred products.
 FEW = 512
+# Numbers of candidates looked at together by `nearest_streamed`: 2 MiB of float32 stay in a core's cache.
+STREAMED = 2**19
 # Two float64 distances count as equal when they differ by less than this share of them: far above float64 rounding, far below any float32 difference.
 TIE = 1e-11
 
@@ -207,6 +209,61 @@ def _own(columns: Tensor | None, block: slice) -> tuple[Any, Any]:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     row = torch.nonzero((columns >= block.start) & (columns < block.stop))[:, 0]
     return row.numpy(), (columns[row] - block.start).numpy()
+
+
+def nearest_streamed(queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`nearest` for more candidates than memory holds, such as a memory-mapped file: they are read once, block by block, for all queries.
+
+    In each block float32 bounds tell which candidates can be among the k nearest; only these are computed in float64. Where float32 cannot tell (NaN) they can.
+
+    Args:
+        queries: (n, d) float32.
+        candidates: (m, d) float32.
+        k: neighbours wanted, at least 1.
+        metric: the distance.
+        excluded: (n,) index of a candidate that may not be returned, or -1; None: each may.
+
+    Returns:
+        distances (n, k) float64 ascending and indices (n, k) int64; infinity and -1 where there are too few candidates.
+    """
+    (n, d), unit = queries.shape, metric == "cosine"
+    precise = functional.normalize(queries.double(), dim=-1) if unit else queries.double()
+    centre = candidates[:: -(-len(candidates) // 256)].double().mean(dim=0).float()  # roughly; a common offset would cost accuracy
+    rough = (precise if unit else precise - centre).float()
+    own_squares = rough.square().sum(dim=1, keepdim=True)
+    # the float32 |q|^2 + |c|^2 - 2 q.c is good to this share of |q|^2 + |c|^2: two sums of d products, a length, single roundings; taken twice
+    doubt = 2 * (2 * d + 16) * torch.finfo(torch.float32).eps
+    excluded = torch.full((n,), -1) if excluded is None else excluded
+    query = torch.arange(n).repeat_interleave(k)
+    best, indices = torch.full((n, k), torch.inf, dtype=torch.float64), torch.full((n, k), -1)
+    step = max(1, min(STREAMED // d, MOST_PAIRS // n))
+    buffer = torch.empty(step, d)
+    for start in range(0, len(candidates), step):
+        block = candidates[start : start + step]
+        shifted = block if unit else torch.sub(block, centre, out=buffer[: len(block)])
+        lengths, products = torch.linalg.vector_norm(shifted, dim=1), rough @ shifted.T
+        if unit:
+            lengths = torch.where((lengths > 1e-10) & (lengths < 1e15), lengths, torch.nan)  # squares of others may be 0 or infinite
+            products, lengths = products / lengths, lengths / lengths
+        sizes = own_squares + lengths.square()
+        upper = torch.sub((1 + doubt) * sizes, products, alpha=2)
+        barred = excluded[:, None] == torch.arange(start, start + len(block))
+        kth = upper.masked_fill(barred, torch.inf).topk(k, largest=False).values[:, -1] if len(block) >= k else torch.tensor(torch.inf)
+        beyond = upper - 2 * doubt * sizes > torch.fmin(best[:, -1], kth)[:, None]
+        near, row = torch.nonzero(~(beyond | barred), as_tuple=True)
+        if len(row):
+            exact = torch.cat(
+                [_squares(precise[q], block[r].double(), unit) for q, r in zip(torch.split(near, CHUNK // d), torch.split(row, CHUNK // d), strict=True)]
+            )
+            values, found = torch.cat([best.flatten(), exact]), torch.cat([indices.flatten(), row + start])
+            take = _best(-values, torch.cat([query, near]), found, n, k)
+            best, indices = values[take], found[take]
+    return (best / 2 if unit else best.sqrt()), indices
+
+
+def _squares(queries: Tensor, candidates: Tensor, unit: bool) -> Tensor:
+    """(n,) squared distances of row i and row i, float64; of their unit vectors where the candidates' are wanted."""
+    return (queries - (functional.normalize(candidates, dim=-1) if unit else candidates)).square().sum(dim=1)
 
 
 def _best(value: Tensor, row: Tensor, column: Tensor, rows: int, k: int) -> Tensor:
