@@ -16,10 +16,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
 ELSEWHERE = {"make quickstart", "make test", "make local-llm"}
 # Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
-NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper")
+NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper", "--private")
 
-SCRIPTS = ("main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py")
-ROAD = "runs/few"  # the folder of commands that need each other: they run in one test, in their order
+SCRIPTS = ("main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py") + (
+    "embed_papers.py", "search_papers.py", "publish_model.py",
+)  # fmt: skip
+ROAD, USE = "runs/few", "runs/use"  # the folders of commands that need each other: they run in one test, in their order
 
 
 def blocks(language: str) -> list[str]:
@@ -40,7 +42,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     (folder / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "report_template.html", folder / "docs")
+    for name in ("docs/report_template.html", "docs/model_card.md.j2", "CITATION.cff"):
+        shutil.copy(ROOT / name, folder / name)
     (folder / "data").mkdir()
     for name in ("sample_train.jsonl", "sample_test.jsonl"):
         lines = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -75,7 +78,7 @@ def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Pa
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command) and ROAD not in command]
+    "command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command) and ROAD not in command and USE not in command]
 )
 def test_command(command: str, workspace: Path) -> None:
     words = shlex.split(command)
@@ -84,6 +87,16 @@ def test_command(command: str, workspace: Path) -> None:
     done = run_script(*words[1:], *short, cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_embed_and_search(workspace: Path) -> None:
+    """The commands of "Embed papers and search them", in their order."""
+    use = [command for command in commands() if USE in command]
+    assert [shlex.split(command)[1] for command in use] == ["embed_papers.py", "search_papers.py", "search_papers.py"]
+    for command in use:
+        done = run_script(*shlex.split(command)[1:], cwd=workspace)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert [json.loads(line)["rank"] for line in done.stdout.splitlines()] == [1, 2, 3]
 
 
 def test_python_blocks(workspace: Path) -> None:
