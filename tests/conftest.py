@@ -75,11 +75,16 @@ def papers_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_tiny_bert`."""
+    return write_tiny_bert(tmp_path_factory.mktemp("tiny_bert"))
+
+
+def write_tiny_bert(folder: Path) -> Path:
     """A folder with a random two-layer BERT of 32 dimensions and a word-level tokenizer over WORDS, as a Hub repository would lay it out."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny_bert")
+    folder.mkdir(parents=True, exist_ok=True)
     pieces = [
         "[PAD]",
         "[UNK]",

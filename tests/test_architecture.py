@@ -13,7 +13,9 @@ from conftest import ROOT, run_script
 ARROWS = {
     "main": ("report", "train_embedding_model"),
     "report": ("semantic_benchmark",),
-    "train_embedding_model": ("semantic_benchmark",),
+    "train_embedding_model": ("semantic_benchmark", "checkpoints"),
+    "checkpoints": ("encoder", "parallel"),
+    "parallel": ("files", "settings"),
     "semantic_benchmark": ("baseline_models",),
     "baseline_models": ("encoder",),
     "encoder": ("similarity", "load_data"),
