@@ -1,8 +1,4 @@
-"""Checkpoints of a training run, each with a checksum of its content, and the sums by which a resumed run knows its data and encoder again.
-
-A checkpoint is one safetensors file, written beside its place and renamed: weights, optimizer, random state and the best weights so far stand or fall together.
-Nothing here knows what the tensors mean.
-"""
+"""Checkpoints of a training run, each with a checksum of its content, and the facts by which a resumed run knows its data and encoder again."""
 
 from __future__ import annotations
 
@@ -25,62 +21,45 @@ from load_data import Paper
 from parallel import Group
 
 log = logging.getLogger(__name__)
-
-
-class Damaged(RunError):
-    """A file that is not a whole checkpoint of ours: torn, changed, or something else."""
+NAMES = "step-[0-9]*.safetensors"
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step`, then delete all but the `keep` newest up to it, and those of later steps: a resumed run passed over them as damaged.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to; earlier checkpoints stay as they are.
-    """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(state)
-    with files.atomic_path(folder / f"step-{step:08d}.safetensors") as partial:
+    """Write the checkpoint of `step`, whole or not at all; then delete all but the `keep` newest up to it, and those of later steps: a resumed run passed over
+    them as damaged. OSError: a full disk, say; the earlier ones stay."""
+    path = folder / f"step-{step:08d}.safetensors"
+    stored, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
+    with files.atomic_path(path) as partial:
         save_file(stored, partial, metadata={"state": text, "sha256": _checksum(stored, text)})
-    steps = [int(path.stem.removeprefix("step-")) for path in _newest_last(folder)]
-    kept = [one for one in steps if one <= step][-keep:]
-    for path, one in zip(_newest_last(folder), steps, strict=True):
-        if one not in kept:
-            path.unlink(missing_ok=True)
+    found = sorted(folder.glob(NAMES))
+    for old in set(found) - set([one for one in found if one <= path][-keep:]):
+        old.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint.
-
-    Raises:
-        Damaged: it is not what `write` wrote.
-        OSError: it is missing, or may not be read.
-    """
+    """Tensors and state of a checkpoint. RunError: it is not what `write` wrote. OSError: it is missing, or may not be read."""
     try:
         with safe_open(path, framework="pt") as stored:
             tensors, header = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, UnicodeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Damaged(f"{path}: is no whole checkpoint ({error})", "delete it") from None
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path}: is no whole checkpoint ({error})", "delete it") from None
     text = header.get("state", "")
     if header.get("sha256") != _checksum(tensors, text):
-        raise Damaged(f"{path}: its content is not what was written (checksum)", "delete it")
+        raise RunError(f"{path}: its content is not what was written (checksum)", "delete it")
     return tensors, dict(json.loads(text))
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole checkpoint; damaged ones are named in the log and passed over. None if there is none."""
-    found = _newest_last(folder)
-    for path in reversed(found):
+    found = sorted(folder.glob(NAMES), reverse=True)
+    for path in found:
         try:
             return read(path)
-        except Damaged as error:
+        except RunError as error:
             log.warning("%s; the one before is used", error.what)
     if found:
         log.warning("%s: no whole checkpoint is left; training starts over", folder)
     return None
-
-
-def _newest_last(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-[0-9]*.safetensors"))
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -90,6 +69,10 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _papers_sum(papers: list[Paper]) -> str:
+    return hashlib.sha256("".join(hashlib.sha256(repr(paper).encode()).hexdigest() for paper in papers).encode()).hexdigest()[:16]
 
 
 def facts_of(encoder: Encoder, group: Group, train: list[Paper], held_out: list[Paper], evaluation: list[Paper]) -> dict[str, Any]:
@@ -111,10 +94,3 @@ def facts_of(encoder: Encoder, group: Group, train: list[Paper], held_out: list[
             raise UserError(f"processes {group.rank} and {rank} read other data or encoders ({others})", "give every machine the same files")
     counts = {"train": len(train), "held_out": len(held_out), "eval": len(evaluation)}
     return {"versions": files.versions(), "device": str(encoder.device), "papers": counts, "inputs": inputs}
-
-
-def _papers_sum(papers: list[Paper]) -> str:
-    total = hashlib.sha256()
-    for paper in papers:
-        total.update(f"{paper!r}\n".encode())
-    return total.hexdigest()[:16]

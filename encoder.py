@@ -123,13 +123,13 @@ class Encoder:
             label: name on the progress bar; empty for none.
 
         Raises:
-            RunError: the model returns NaN or infinity.
+            RunError: the model returns NaN or infinity, or memory is short.
         """
         parts, cut = [], 0
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
+            with files.memory_named("--max-length"), torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
                 for start in range(0, len(texts), CHUNK_TEXTS):
                     ids, cut_here = self._tokenize_counting([prompt + text for text in texts[start : start + CHUNK_TEXTS]])
                     cut += cut_here

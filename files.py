@@ -79,17 +79,13 @@ def run_command(command: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def memory_named(settings: str) -> Iterator[None]:
-    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the `settings` to lower.
-
-    torch reports it by RuntimeErrors, torch.OutOfMemoryError being one.
-    """
+    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the `settings` to lower."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", text)):
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors, of which OutOfMemoryError is only one
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)):
             raise
-        raise RunError(f"out of memory ({text[:200]})", f"free some and continue, or start again with a lower {settings}") from None
+        raise RunError(f"out of memory ({str(error)[:200]})", f"free some and continue, or start again with a lower {settings}") from None
 
 
 def _drop_output() -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,6 @@ from torch import Tensor
 
 from files import RunError, UserError
 from settings import Device
-
-Value = TypeVar("Value")
 
 # Longest waits for a process that hangs, in minutes: within a step, and for the first one while it validates and benchmarks. One that ends is noticed at once.
 STEP_MINUTES, WAIT_MINUTES = 10.0, 24 * 60.0
@@ -36,7 +34,7 @@ class Group:
     size: int = 1
     control: Any = None  # gloo group for all but vectors and gradients
 
-    def own(self, texts: Sequence[Value]) -> Sequence[Value]:
+    def own(self, texts: Sequence[list[int]]) -> Sequence[list[int]]:
         """The texts that this process embeds: every size-th; where there is none left for it, one whose vector `gather` leaves out."""
         return texts[self.rank :: self.size] or texts[:1]
 
@@ -45,34 +43,26 @@ class Group:
         if self.size == 1:
             return vectors
         places = torch.arange(self.rank, total, self.size, device=vectors.device)
-        own = vectors[: len(places)]
-        everything = own.detach().new_zeros(total, own.shape[1]).index_copy(0, places, own.detach())
+        everything = vectors.detach().new_zeros(total, vectors.shape[1]).index_copy(0, places, vectors.detach()[: len(places)])
         with self._contact():
             dist.all_reduce(everything)  # adds zeros: exact
-        return everything.index_copy(0, places, own)
+        return everything.index_copy(0, places, vectors[: len(places)])
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace each gradient by its sum over the processes."""
         with self._contact():
-            sent = [dist.all_reduce(one.grad, async_op=True) for one in parameters if self.size > 1 and one.grad is not None]
-            for one in sent:
-                one.wait()
+            for sent in [dist.all_reduce(one.grad, async_op=True) for one in parameters if self.size > 1 and one.grad is not None]:
+                sent.wait()
 
-    def each(self, value: Value) -> list[Value]:
-        """The values of all processes, by rank."""
-        found = [value] * self.size
+    def each(self, value: Any, first_only: bool = False) -> list[Any]:
+        """The values of all processes, by rank, or only the first one's, which may be long in coming."""
+        found = [value] * (1 if first_only else self.size)
         with self._contact():
-            if self.size > 1:
+            if self.size > 1 and first_only:
+                dist.broadcast_object_list(found, src=0, group=self.control)
+            elif self.size > 1:
                 dist.all_gather_object(found, value, group=self.control)
         return found
-
-    def from_first(self, value: Value) -> Value:
-        """The first process's value, which may be long in coming."""
-        box = [value]
-        with self._contact():
-            if self.size > 1:
-                dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
 
     def leave(self) -> None:
         """Part when all are here: what follows is the first process's alone."""
@@ -94,19 +84,18 @@ ALONE = Group()
 
 def join(device: Device) -> Group:
     """The processes that torchrun or accelerate started with this one; ALONE where WORLD_SIZE is unset or 1. UserError: not started so, or too few GPUs."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1)))
+    if size == 1:
         return ALONE
-    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+    if min(rank, local) < 0:
         raise UserError("WORLD_SIZE is set without RANK and LOCAL_RANK", "start with torchrun or accelerate launch, or unset it")
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
         raise UserError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPUs", "start as many processes as GPUs")
     if cuda:
         torch.cuda.set_device(local)
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a dead process is then an error here, not an abort
-    if rank:
-        logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING if rank else logging.INFO)
     with Group(rank, size)._contact():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=STEP_MINUTES))
         return Group(rank, size, dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=WAIT_MINUTES)))

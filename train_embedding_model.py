@@ -106,7 +106,7 @@ class _Trainer:
     def __init__(self, encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group) -> None:
         self.encoder, self.papers, self.settings, self.group = encoder, papers, settings, group
         self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
-        self.metrics: Journal | None = None  # of the first process
+        self.metrics: Any = []  # of the first process: its Journal
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}  # weights of the best validation, on the CPU
         draw = np.random.default_rng([settings.seed, len(held_out)])
@@ -136,7 +136,7 @@ class _Trainer:
                 bar.set_postfix(loss=f"{self.progress.loss_ema:.4f}", rank=f"{self.progress.best_rank:.3f}", refresh=False)
                 last = self.progress.step == settings.max_steps
                 if last or self.progress.step % settings.log_every == 0:
-                    self._record(self._row(values, row) | meter.read())
+                    self.metrics.append(self._row(values, row) | meter.read())
                 if last or self.progress.step % settings.validate_every == 0:
                     with meter.paused():
                         self._validate()
@@ -147,14 +147,10 @@ class _Trainer:
             log.info("stopped early at step %d: %d validations without a better one", self.progress.step, settings.patience)
 
     def _goes_on(self, stop: StopSignal) -> bool:
-        """Whether another step follows; a signal that came to one process stops all before the same step."""
-        stop.received = max(self.group.each(stop.received or 0)) or None
-        done, progress = stop.received is not None, self.progress
-        return not done and progress.step < self.settings.max_steps and progress.validations_since_best < self.settings.patience
-
-    def _record(self, row: dict[str, Any]) -> None:
-        if self.metrics:
-            self.metrics.append(row)
+        """Whether another step follows, as all processes agree: where the first one stands, and whether any was told to stop."""
+        states = self.group.each((stop.received or 0, self.progress))
+        stop.received, self.progress = max(signum for signum, _ in states) or None, states[0][1]
+        return stop.received is None and self.progress.step < self.settings.max_steps and self.progress.validations_since_best < self.settings.patience
 
     def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
         """One optimizer step on the pairs of step number `progress.step`."""
@@ -204,17 +200,15 @@ class _Trainer:
         }
 
     def _validate(self) -> None:
-        """The first process ranks the held-out papers; all learn how the run stands."""
-        if self.group.rank == 0:
-            self._rank_held_out()
-        self.progress = self.group.from_first(self.progress)
-
-    def _rank_held_out(self) -> None:
         """Rank each held-out paper's partner summary among the others', in both directions; keep the weights if that is the best so far."""
+        if self.group.rank:
+            return
         progress = self.progress
         try:
             anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
         except RunError as error:
+            if error.what.startswith("out of memory"):
+                raise
             raise RunError(
                 f"step {progress.step}: {error.what}",
                 f"start again in another --output-dir with a lower --learning-rate; checkpoints so far are in {self.checkpoints}",
@@ -226,14 +220,14 @@ class _Trainer:
             progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.named.items()}
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
-        self._record({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
+        self.metrics.append({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
         log.info("step %d: validation mean rank %.3f of %d, loss %.4f%s", progress.step, rank, len(anchors), loss, " (best)" if better else "")
 
     def save(self) -> None:
         """Write a checkpoint of the whole state: weights, optimizer, random state of each process, best weights so far, progress."""
         cuda = self.encoder.device.type == "cuda"
         states = self.group.each((torch.get_rng_state(), torch.cuda.get_rng_state(self.encoder.device) if cuda else None))
-        if not self.metrics:
+        if self.group.rank:
             return
         tensors = {f"model/{name}": value for name, value in self.named.items()} | {f"best/{name}": value for name, value in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
@@ -247,33 +241,30 @@ class _Trainer:
     def continued(self) -> Iterator[None]:
         """Continue from the newest whole checkpoint, or from the start without one; the first process has the metrics journal open meanwhile."""
         begun = self.group.rank == 0 and self.journal.exists()
-        found = self.group.from_first(checkpoints.newest(self.checkpoints) if begun else None)
+        found = self.group.each(checkpoints.newest(self.checkpoints) if begun else None, first_only=True)[0]
         if found:
             self._load(*found)
+        done = self.progress.step
+        if begun:
+            log.info("resumed from step %d", done)
         if self.group.rank:
             yield
-            return
-        done = self.progress.step
-        with contextlib.closing(Journal(self.journal, keep=lambda row: 0 < done >= row["step"])) as self.metrics:
-            if begun:
-                log.info("resumed from step %d", done)
-            yield
+        else:
+            with contextlib.closing(Journal(self.journal, keep=lambda row: 0 < done >= row["step"])) as self.metrics:
+                yield
 
     def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
-        for key, value in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = value
-        self._load_weights(parts["model"])
-        self.best = parts["best"]
         states: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            number, name = key.split("/")
-            states.setdefault(int(number), {})[name] = value
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, number, name = key.split("/")
+                states.setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(parts["random"][f"cpu/{self.group.rank}"])
-        if self.encoder.device.type == "cuda" and f"cuda/{self.group.rank}" in parts["random"]:
-            torch.cuda.set_rng_state(parts["random"][f"cuda/{self.group.rank}"], self.encoder.device)
+        self._load_weights({name: tensors[f"model/{name}"] for name in self.named})
+        self.best = {name: tensors[f"best/{name}"] for name in self.named}
+        torch.set_rng_state(tensors[f"random/cpu/{self.group.rank}"])
+        if self.encoder.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"random/cuda/{self.group.rank}"], self.encoder.device)
         self.progress = Progress(**state)
 
     def use_best(self) -> None:
