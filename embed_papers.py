@@ -29,7 +29,7 @@ from tqdm import tqdm
 import files
 from files import UserError
 from load_data import Paper, raw_lines, read_papers, shard_slice, text_lines
-from settings import Device, Metric, Pooling, Settings
+from settings import Device, Metric, Pooling, Precision, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Command:
     skip_invalid: bool = False  # count and log bad lines, papers without the text among them, instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
     device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
+    precision: Precision = "float32"  # bf16: several times as fast where the hardware has it natively, cosine to float32 above 0.999; auto: bf16 there
 
 
 def checked(command: Command) -> Command:
@@ -95,6 +96,7 @@ def make_chunk(encoder: Any, papers: list[Paper], texts: list[str], digest: str)
 def embed(command: Command, folder: Path) -> None:
     """Embed every chunk of this share that is not in `folder` yet. A chunk's digest covers the settings and the input up to its end."""
     from baseline_models import Wanted, find_recipe, load_model, title_separator
+    from encoder import uses_bf16
 
     part, parts = map(int, command.shard.split("/"))
     title_first = getattr(find_recipe(command.model), "title_first", False)
@@ -103,9 +105,10 @@ def embed(command: Command, folder: Path) -> None:
     chunks = itertools.chain([next(chunks)], chunks)  # a wrong input shows before a model is loaded
     wanted = Wanted(command.pooling, command.metric, command.max_length)
     encoder, _ = load_model(command.model, wanted, Settings(device=command.device, trust_remote_code=command.trust_remote_code))
+    encoder.bf16 = uses_bf16(command.precision, encoder.device)
     separator = title_separator(command.model, encoder.tokenizer) if len(keys) > 1 else ""
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())  # tells one model from another, not one machine's rounding
-    made = dataclasses.asdict(encoder.usage) | {"text": text, "separator": separator, "chunk": command.chunk, "weights": f"{weights:.9g}"}
+    made = dataclasses.asdict(encoder.usage) | {"text": text, "separator": separator, "chunk": command.chunk, "bf16": encoder.bf16, "weights": f"{weights:.9g}"}
     before = files.read_json(folder / "made.json") if any(folder.glob("*.npz")) else made
     if changed := [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in made.items() if before.get(key) != value]:
         raise UserError(f"{folder}: was begun with other settings ({'; '.join(changed)})", "give the same command, or delete that folder to start over")

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logs
 import files
 import packed
 from files import RunError, UserError
-from settings import Device, Metric, Pooling
+from settings import Device, Metric, Pooling, Precision
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +139,14 @@ class Encoder:
             label: name on the progress bar; empty for none.
 
         Raises:
-            RunError: the model returns NaN or infinity.
+            RunError: the model returns NaN or infinity, or memory is short.
         """
         parts, cut = [], 0
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=not label) as bar:
+            bar = tqdm(total=len(texts), desc=label, unit="text", disable=not label)
+            with files.memory_named("--max-length"), torch.inference_mode(), bar:
                 for ids, cut_here in self._tokenized_chunks(texts, prompt):
                     cut += cut_here
                     parts.append(self._embed_chunk(ids, bar))
@@ -275,6 +276,16 @@ def choose_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU", "use --device cpu, or install torch's CUDA build")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16 natively (CUDA from compute capability 8; AVX512_BF16, AMX)."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def find_model(name: str) -> Path | str:

@@ -56,7 +56,8 @@ def run_command(command: Callable[[], None]) -> int:
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        command()
+        with memory_named("--max-length or the size of a batch, where the script has one"):
+            command()
         sys.stdout.flush()
         return 0
     except UserError as error:
@@ -76,6 +77,17 @@ def run_command(command: Callable[[], None]) -> int:
         return _fail(f"{error.strerror or error}{where}; {_mend_of(error)}", 1)
 
 
+@contextlib.contextmanager
+def memory_named(settings: str) -> Iterator[None]:
+    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the `settings` to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors, of which OutOfMemoryError is only one
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)):
+            raise
+        raise RunError(f"out of memory ({str(error)[:200]})", f"free some and continue, or start again with a lower {settings}") from None
+
+
 def _drop_output() -> None:
     """Send what still stands in stdout's buffer nowhere, or Python fails on it once more at exit."""
     with contextlib.suppress(OSError, ValueError):  # no real file behind it
@@ -92,7 +104,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _mend_of(error: OSError) -> str:
-    mends = {errno.ENOSPC: "free some disk space and run again", errno.EACCES: "check the permissions", errno.EROFS: "choose a writable folder"}
+    full = "free some disk space and run again"
+    mends = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EACCES: "check the permissions", errno.EROFS: "choose a writable folder"}
     return mends.get(error.errno or 0, "mend that and run again")
 
 
@@ -137,6 +150,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(partial, path)
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code and not isinstance(error, OSError):  # safetensors and tokenizers have exceptions of their own for a full disk
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise
     finally:
         _remove(partial)
 
@@ -159,8 +177,10 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second name."""
-    if not path.exists() and _old_of(path).exists():
+    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second name, or remove what is left of it."""
+    if path.exists():
+        _remove(_old_of(path))
+    elif _old_of(path).exists():
         _old_of(path).rename(path)
 
 
@@ -234,6 +254,10 @@ class Journal:
         self._handle.flush()
         return offset
 
+    def sync(self) -> None:
+        """Make sure that the rows outlive a power cut too."""
+        os.fsync(self._handle.fileno())
+
     def row_at(self, offset: int) -> dict[str, Any]:
         """The row at a byte offset that `append` or `scan` gave."""
         self._handle.seek(offset)
@@ -297,6 +321,8 @@ class RunFolder:
         if _is_finished(successor):  # a kill at the very end of `finish`
             replace_folder(successor, output)
         self.path = successor if _is_finished(output) else output
+        if _is_finished(output):
+            _remove(output / "checkpoints")  # a kill within `finish`
 
     @classmethod
     @contextlib.contextmanager
@@ -308,25 +334,35 @@ class RunFolder:
             yield cls(output)
 
     def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]) -> None:
-        """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ).
+        """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ) and facts["inputs"].
 
         Raises:
-            UserError: an unfinished run without `resume`, `resume` without an unfinished run, or changed settings (named).
+            UserError: an unfinished run without `resume`, `resume` without an unfinished run, or changed settings or inputs (named).
         """
         mark, record = self.path / "UNFINISHED", self.path / "settings.json"
         if resume:
             if not mark.exists():
                 raise UserError(f"{self.output}: holds no unfinished run", "leave --resume out")
-            before = read_json(record)["settings"]
-            changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if key not in free and before.get(key) != value]
-            if changed:
-                raise UserError(f"{self.output}: cannot resume with changed settings ({'; '.join(changed)})", "use the same settings, or another --output-dir")
+            self._refuse_changes(read_json(record), settings, facts, free)
+            for stale in list(self.path.rglob(".*.partial")):
+                _remove(stale)  # of killed processes: only the lock's holder writes here
         elif mark.exists():
             raise UserError(f"{self.path}: holds an unfinished run", "continue it with --resume, or delete that folder, or name another --output-dir")
         else:
             with atomic_path(self.path) as partial:
                 write_text(partial / mark.name, "This run has not ended. Continue it with --resume, or delete this folder.\n")
                 write_json(partial / record.name, {"settings": settings, **facts})
+
+    def _refuse_changes(self, before: Any, settings: dict[str, Any], facts: dict[str, Any], free: Collection[str]) -> None:
+        """Raise a UserError that names what differs from the record of an earlier start."""
+        changed = []
+        for part, now in (("settings", settings), ("inputs", facts.get("inputs", {}))):
+            was = before.get(part, {}) if isinstance(before, dict) else None
+            if not isinstance(was, dict):
+                raise UserError(f"{self.path / 'settings.json'}: is not what a run writes", "delete the run's folder, or use another --output-dir")
+            changed += [f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if key not in free and was.get(key) != value]
+        if changed:
+            raise UserError(f"{self.output}: cannot resume with changed settings or data ({'; '.join(changed)})", "use the same, or another --output-dir")
 
     def finish(self) -> None:
         """Mark the run as finished, drop its checkpoints, and put it in the place of an earlier one."""
@@ -341,10 +377,11 @@ def _is_finished(run: Path) -> bool:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two steps; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two steps; a second Ctrl-C ends at once, unless `patient`."""
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.received: int | None = None
+        self.patient = patient  # launchers and schedulers pass the same signal on twice
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -355,7 +392,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: object) -> None:
-        if self.received is not None:
+        if self.received is not None and not self.patient:
             raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
         self.received = signum
 
@@ -373,6 +410,7 @@ def log_to_stderr(also: Path | None = None) -> None:
     if also:
         handlers.append(logging.FileHandler(also, encoding="utf-8"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
+    logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -18,35 +18,33 @@ from settings import FREE_ON_RESUME, Settings, parse_settings
 
 
 def main() -> None:
-    """Read everything, then run the experiment in the output folder."""
+    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it. Of several processes all but the first only train."""
     settings = parse_settings()
     files.log_to_stderr()
-    from baseline_models import load_for_training
+    from baseline_models import Wanted, load_for_training, load_model
+    from checkpoints import facts_of
+    from parallel import join
     from semantic_benchmark import read_evaluation_papers
-    from train_embedding_model import read_training_papers
+    from train_embedding_model import read_training_papers, train
 
+    group = join(settings.device)
     evaluation = read_evaluation_papers(settings.eval_file, settings.skip_invalid)
     papers, held_out = read_training_papers(settings, evaluation)
     encoder = load_for_training(settings)
-    facts = {"versions": files.versions(), "device": str(encoder.device), "papers": {"train": len(papers), "held_out": len(held_out), "eval": len(evaluation)}}
+    facts = facts_of(encoder, group, papers, held_out, evaluation)
+    if group.rank:
+        train(encoder, papers, held_out, settings, Path(), group)
+        return
     with files.RunFolder.locked(Path(settings.output_dir)) as folder:
         folder.begin(dataclasses.asdict(settings), facts, settings.resume, FREE_ON_RESUME)
         files.log_to_stderr(folder.path / "run.log")
-        run(settings, folder, encoder, papers, held_out, evaluation)
-
-
-def run(settings: Settings, folder: files.RunFolder, encoder: Any, papers: list[Any], held_out: list[Any], evaluation: list[Any]) -> None:
-    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it; print one table of the three."""
-    from baseline_models import Wanted, load_model
-    from train_embedding_model import train
-
-    results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
-    train(encoder, papers, held_out, settings, folder.path)
-    encoder.save(folder.path / "model", base=settings.encoder)
-    results["benchmark"] = benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")
-    recipe, origins = load_model(settings.encoder, Wanted(), settings)
-    results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json", origins)
-    conclude(results, settings, folder)
+        results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
+        train(encoder, papers, held_out, settings, folder.path, group)
+        encoder.save(folder.path / "model", base=settings.encoder)
+        results["benchmark"] = benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")
+        recipe, origins = load_model(settings.encoder, Wanted(), settings)
+        results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json", origins)
+        conclude(results, settings, folder)
 
 
 def benchmark(encoder: Any, evaluation: list[Any], settings: Settings, path: Path, origins: dict[str, str] | None = None) -> dict[str, Any]:

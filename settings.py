@@ -59,6 +59,7 @@ class Settings:
     validate_every: int = 1_000  # steps between validations; the best checkpoint is kept [A]
     patience: int = 7  # validations without a better result before training stops early [A]
     checkpoint_every: int = 1_000  # steps between checkpoints that --resume continues from [ours]
+    keep_checkpoints: int = 2  # checkpoints kept, the newest; a damaged one is passed over for the one before [ours]
     log_every: int = 50  # steps between rows of metrics.jsonl [ours]
     seed: int = 0  # seed of batches, summary choice, dropout and bootstrap
     device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
@@ -95,7 +96,7 @@ PAPER_DATA = (
 )
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
-FREE_ON_RESUME = frozenset({"resume", "output_dir", "log_every", "skip_invalid"})
+FREE_ON_RESUME = frozenset({"resume", "output_dir", "log_every", "skip_invalid", "keep_checkpoints"})
 
 
 def default_settings(profile: Profile) -> Settings:
@@ -140,8 +141,8 @@ def complete(settings: Settings) -> Settings:
         output_dir=settings.output_dir or f"runs/{settings.profile}-{settings.metric}",
     )
     at_least = {
-        "batch_size": 2, "max_steps": 1, "max_length": 3, "train_max_length": 3, "validate_every": 1, "patience": 1, "checkpoint_every": 1, "log_every": 1,
-        "validation_papers": 2, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0, "margin": 0, "seed": 0,
+        "batch_size": 2, "max_steps": 1, "max_length": 3, "train_max_length": 3, "validate_every": 1, "patience": 1, "checkpoint_every": 1,
+        "keep_checkpoints": 1, "log_every": 1, "validation_papers": 2, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0, "margin": 0, "seed": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         _check(name, least <= getattr(settings, name) < float("inf"), f"at least {least} and finite")

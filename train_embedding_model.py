@@ -2,43 +2,42 @@
 
 One step: a batch of papers, two different summaries of each (`load_data.batch_pairs`), pooled vectors of both (`encoder.Encoder.forward`), the triplet hinge or
 InfoNCE over all in-batch negatives (`similarity.contrastive_loss`), AdamW. Every `validate_every` steps the held-out papers' partner summaries are ranked; the
-weights with the best mean rank are kept. Killed at any time, a run continues from its last checkpoint with the same batches, dropout and results.
+weights with the best mean rank are kept. Killed at any time, a run continues from its last checkpoint with the same batches, dropout and results. Several
+processes share the texts of a step (parallel.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import checkpoints
 import files
-from encoder import Encoder
+from encoder import Encoder, uses_bf16
 from files import Journal, RunError, StopSignal, UserError
 from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
-from settings import Precision, Settings
+from parallel import ALONE, Group
+from settings import Settings
 from similarity import LossValues, contrastive_loss, ranks, spread
 
 log = logging.getLogger(__name__)
 
 EMA = 0.98  # weight of the past in the smoothed loss
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass
@@ -71,7 +70,7 @@ def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[l
     return train, held_out
 
 
-def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path) -> Progress:
+def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group = ALONE) -> Progress:
     """Train `encoder` in place; afterwards it holds the weights of the best validation
     (averaged with the starting ones, if `start_share` says so).
 
@@ -81,34 +80,35 @@ def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings
         held_out: for validation.
         settings: see settings.py; `complete`.
         folder: the run folder; gets metrics.jsonl and checkpoints/, and an unfinished run in it is continued.
+        group: the processes that train together, each of which calls this. Only the first one's folder is used, and only its encoder is the result.
 
     Raises:
-        RunError: the loss is not finite; checkpoints so far are kept.
+        RunError: the loss is not finite, memory is short, or another process has ended; checkpoints so far are kept.
         KeyboardInterrupt, files.Terminated: after a checkpoint of the last whole step was written.
     """
-    trainer = _Trainer(encoder, papers, held_out, settings, folder)
-    journal = folder / "metrics.jsonl"
-    if journal.exists():
-        trainer.load_latest()
-    done = trainer.progress.step
-    with contextlib.closing(Journal(journal, keep=lambda row: 0 < done >= row["step"])) as metrics, StopSignal() as stop:
-        trainer.run(metrics, stop)
+    trainer = _Trainer(encoder, papers, held_out, settings, folder, group)
+    with StopSignal(patient=group.size > 1) as stop, trainer.continued():
+        trainer.run(stop)
+        if stop.received is not None and trainer.progress.step:
+            trainer.save()
+        group.leave()
         if stop.received is not None:
-            if trainer.progress.step:
-                trainer.save()
             log.info("stopped at step %d; --resume continues there", trainer.progress.step)
             stop.raise_received()
-    trainer.load_best()
+    if group.rank == 0:
+        trainer.use_best()
     return trainer.progress
 
 
 class _Trainer:
     """The model, its optimizer and the run's progress."""
 
-    def __init__(self, encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path) -> None:
-        self.encoder, self.papers, self.settings = encoder, papers, settings
-        self.checkpoints = folder / "checkpoints"
+    def __init__(self, encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group) -> None:
+        self.encoder, self.papers, self.settings, self.group = encoder, papers, settings, group
+        self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
+        self.metrics: Any = []  # of the first process: its Journal
         self.progress = Progress()
+        self.best: dict[str, Tensor] = {}  # weights of the best validation, on the CPU
         draw = np.random.default_rng([settings.seed, len(held_out)])
         pairs = [draw.choice(len(paper.summaries), size=2, replace=False) for paper in held_out]
         self.validation = [[paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)] for side in (0, 1)]
@@ -117,32 +117,40 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + group.rank)  # each process has its own dropout
         epoch = steps_per_epoch(papers, settings.batch_size)
         log.info("training on %s in %s, %d steps an epoch", encoder.device, "bf16 autocast" if self.bf16 else "float32", epoch)
 
-    def run(self, metrics: Journal, stop: StopSignal) -> None:
+    def run(self, stop: StopSignal) -> None:
         """Steps until max_steps, the end of patience, or a stop signal."""
-        settings, progress = self.settings, self.progress
+        settings = self.settings
         meter = _Meter()
-        if progress.step == 0:
-            self._validate(metrics)
-        with logging_redirect_tqdm(), tqdm(total=settings.max_steps, initial=progress.step, desc="training", unit="step") as bar:
-            while progress.step < settings.max_steps and progress.validations_since_best < settings.patience and stop.received is None:
-                values, row = self._step(meter)
+        if self.progress.step == 0:
+            self._validate()
+        bar = tqdm(total=settings.max_steps, initial=self.progress.step, desc="training", unit="step", disable=self.group.rank > 0)
+        with logging_redirect_tqdm(), bar:
+            while self._goes_on(stop):
+                with files.memory_named("--batch-size or --train-max-length"):
+                    values, row = self._step(meter)
                 bar.update()
-                bar.set_postfix(loss=f"{progress.loss_ema:.4f}", rank=f"{progress.best_rank:.3f}", refresh=False)
-                if progress.step % settings.log_every == 0 or progress.step == settings.max_steps:
-                    metrics.append(self._row(values, row) | meter.read())
-                last = progress.step == settings.max_steps
-                if last or progress.step % settings.validate_every == 0:
+                bar.set_postfix(loss=f"{self.progress.loss_ema:.4f}", rank=f"{self.progress.best_rank:.3f}", refresh=False)
+                last = self.progress.step == settings.max_steps
+                if last or self.progress.step % settings.log_every == 0:
+                    self.metrics.append(self._row(values, row) | meter.read())
+                if last or self.progress.step % settings.validate_every == 0:
                     with meter.paused():
-                        self._validate(metrics)
-                if last or progress.step % settings.checkpoint_every == 0:
+                        self._validate()
+                if last or self.progress.step % settings.checkpoint_every == 0:
                     with meter.paused():
                         self.save()
-        if progress.validations_since_best >= settings.patience:
-            log.info("stopped early at step %d: %d validations without a better one", progress.step, settings.patience)
+        if self.progress.validations_since_best >= settings.patience:
+            log.info("stopped early at step %d: %d validations without a better one", self.progress.step, settings.patience)
+
+    def _goes_on(self, stop: StopSignal) -> bool:
+        """Whether another step follows, as all processes agree: where the first one stands, and whether any was told to stop."""
+        states = self.group.each((stop.received or 0, self.progress))
+        stop.received, self.progress = max(signum for signum, _ in states) or None, states[0][1]
+        return stop.received is None and self.progress.step < self.settings.max_steps and self.progress.validations_since_best < self.settings.patience
 
     def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
         """One optimizer step on the pairs of step number `progress.step`."""
@@ -151,10 +159,11 @@ class _Trainer:
         ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length)
         self.encoder.model.train()
         with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
-            vectors = self.encoder.forward(ids)
-        vectors = vectors.float()
+            vectors = self.encoder.forward(self.group.own(ids))
+        vectors = self.group.gather(vectors.float(), len(ids))
         values = self._loss(vectors[: len(pairs)], vectors[len(pairs) :])
         values.loss.backward()  # type: ignore[no-untyped-call]
+        self.group.sum_gradients(self.named.values())
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.clip_norm or math.inf).item()
         loss = values.loss.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -190,12 +199,16 @@ class _Trainer:
             **more,
         }
 
-    def _validate(self, metrics: Journal) -> None:
+    def _validate(self) -> None:
         """Rank each held-out paper's partner summary among the others', in both directions; keep the weights if that is the best so far."""
+        if self.group.rank:
+            return
         progress = self.progress
         try:
             anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
         except RunError as error:
+            if error.what.startswith("out of memory"):
+                raise
             raise RunError(
                 f"step {progress.step}: {error.what}",
                 f"start again in another --output-dir with a lower --learning-rate; checkpoints so far are in {self.checkpoints}",
@@ -205,54 +218,59 @@ class _Trainer:
         better = (rank, loss) < (progress.best_rank, progress.best_loss)
         if better:
             progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
-            self._write("best.safetensors", self.named)
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.named.items()}
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
-        metrics.append({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
+        self.metrics.append({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
         log.info("step %d: validation mean rank %.3f of %d, loss %.4f%s", progress.step, rank, len(anchors), loss, " (best)" if better else "")
 
     def save(self) -> None:
-        """Write a checkpoint of the whole state: weights, optimizer, random state, progress. Older ones beyond KEEP_CHECKPOINTS go."""
-        tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in self.named.items()}
+        """Write a checkpoint of the whole state: weights, optimizer, random state of each process, best weights so far, progress."""
+        cuda = self.encoder.device.type == "cuda"
+        states = self.group.each((torch.get_rng_state(), torch.cuda.get_rng_state(self.encoder.device) if cuda else None))
+        if self.group.rank:
+            return
+        tensors = {f"model/{name}": value for name, value in self.named.items()} | {f"best/{name}": value for name, value in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.encoder.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.encoder.device)
-        self._write(f"step-{self.progress.step:08d}.safetensors", tensors)
-        for old in _steps(self.checkpoints)[:-KEEP_CHECKPOINTS]:
-            old.unlink(missing_ok=True)
+        for rank, pair in enumerate(states):
+            tensors |= {f"random/{kind}/{rank}": state for kind, state in zip(("cpu", "cuda"), pair, strict=True) if state is not None}
+        self.metrics.sync()  # a checkpoint's rows are on the disk before it
+        checkpoints.write(self.checkpoints, self.progress.step, tensors, dataclasses.asdict(self.progress), self.settings.keep_checkpoints)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        header = {"progress": json.dumps(dataclasses.asdict(self.progress))}
-        with files.atomic_path(self.checkpoints / name) as partial:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, metadata=header)
-
-    def load_latest(self) -> None:
-        """Continue from the newest checkpoint; a run that was stopped before its first one starts again."""
-        found = _steps(self.checkpoints)
+    @contextlib.contextmanager
+    def continued(self) -> Iterator[None]:
+        """Continue from the newest whole checkpoint, or from the start without one; the first process has the metrics journal open meanwhile."""
+        begun = self.group.rank == 0 and self.journal.exists()
+        found = self.group.each(checkpoints.newest(self.checkpoints) if begun else None, first_only=True)[0]
         if found:
-            self._load(*_read(found[-1]))
-        log.info("resumed from step %d", self.progress.step)
+            self._load(*found)
+        done = self.progress.step
+        if begun:
+            log.info("resumed from step %d", done)
+        if self.group.rank:
+            yield
+        else:
+            with contextlib.closing(Journal(self.journal, keep=lambda row: 0 < done >= row["step"])) as self.metrics:
+                yield
 
-    def _load(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        self._load_weights({key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")})
+    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, number, name = key.split("/")
                 states.setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["random/cpu"])
-        if "random/cuda" in tensors and self.encoder.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.encoder.device)
-        self.progress = Progress(**json.loads(header["progress"]))
+        self._load_weights({name: tensors[f"model/{name}"] for name in self.named})
+        self.best = {name: tensors[f"best/{name}"] for name in self.named}
+        torch.set_rng_state(tensors[f"random/cpu/{self.group.rank}"])
+        if self.encoder.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"random/cuda/{self.group.rank}"], self.encoder.device)
+        self.progress = Progress(**state)
 
-    def load_best(self) -> None:
+    def use_best(self) -> None:
         """Put the best validation's weights into the model, averaged with those it started from as `start_share` says."""
-        tensors, _ = _read(self.checkpoints / "best.safetensors")
-        for name, value in self.start.items():
-            tensors[name] = torch.lerp(tensors[name], value, self.settings.start_share)
-        self._load_weights(tensors)
+        share = self.settings.start_share
+        self._load_weights({name: torch.lerp(value, self.start[name], share) if share else value for name, value in self.best.items()})
         log.info("best validation at step %d: mean rank %.3f", self.progress.best_step, self.progress.best_rank)
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -300,30 +318,3 @@ def learning_rate(settings: Settings, step: int) -> float:
     """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then constant, or falling linearly to 0 at `max_steps`."""
     fall = 1 - step / settings.max_steps if settings.decay else 1.0
     return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * fall
-
-
-def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16 natively (CUDA from compute capability 8; AVX512_BF16, AMX)."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"))
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a checkpoint.
-
-    Raises:
-        RunError: missing, torn or not one of ours.
-    """
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()  # noqa: SIM118 (not a dict)
-    except Exception as error:  # safetensors raises kinds of its own
-        raise RunError(f"{path}: not readable as a checkpoint ({error})", "delete it: the run continues from the one before") from None

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from encoder import find_model
 from load_data import Paper
+from parallel import ALONE
 from settings import Settings, complete
 from train_embedding_model import _Meter, _Trainer
 
@@ -43,7 +44,7 @@ class _Ends(TrainerCallback):
 def ours(folder: str | Path, papers: list[Paper], batch: int, scratch: Path) -> tuple[Callable[[int], list[float]], int]:
     """A function that takes so many steps and returns their seconds; operations of one real token's step."""
     settings = complete(Settings(metric="cosine", loss="infonce", pooling="mean", batch_size=batch, precision="auto"))
-    trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch)
+    trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, ALONE)
 
     def steps(count: int) -> list[float]:
         found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,11 +76,16 @@ def papers_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_tiny_bert`."""
+    return write_tiny_bert(tmp_path_factory.mktemp("tiny_bert"))
+
+
+def write_tiny_bert(folder: Path) -> Path:
     """A folder with a random two-layer BERT of 32 dimensions and a word-level tokenizer over WORDS, as a Hub repository would lay it out."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny_bert")
+    folder.mkdir(parents=True, exist_ok=True)
     pieces = [
         "[PAD]",
         "[UNK]",
@@ -98,6 +104,22 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=0
     )
     BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lively_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT with matrices eight times as large: a freshly drawn one gives nearly the same CLS vector for every text and learns slowly."""
+    import torch
+    from transformers import AutoModel
+
+    folder = tmp_path_factory.mktemp("lively") / "model"
+    shutil.copytree(tiny_bert, folder)
+    model = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -582,6 +582,32 @@ def test_resume_refuses_changed_settings_by_name(tmp_path: Path, changes: dict[s
     assert tree(output) == before
 
 
+def test_resume_refuses_changed_inputs_and_a_record_of_another_kind(tmp_path: Path) -> None:
+    """What was read, and by how many processes, is named like a setting; a settings.json that is no run's is an error, not a traceback."""
+    folder, inputs = RunFolder(tmp_path / "one"), {"train_file (SHA-256)": "ab", "processes": 2}
+    folder.begin(SETTINGS, {"inputs": inputs}, False, FREE)
+    folder.begin(SETTINGS, {"inputs": inputs, "device": "cuda"}, True, FREE)
+    with pytest.raises(UserError, match=r"\(train_file \(SHA-256\) was 'ab', is 'cd'; processes was 2, is 1\)"):
+        folder.begin(SETTINGS, {"inputs": {"train_file (SHA-256)": "cd", "processes": 1}}, True, FREE)
+    for content in ("[]", "7", '{"settings": []}', "{}", '{"inputs": null}'):
+        (tmp_path / "one/settings.json").write_text(content)
+        with pytest.raises(UserError):
+            folder.begin(SETTINGS, {"inputs": inputs}, True, FREE)
+
+
+def test_resume_removes_what_killed_processes_were_writing(tmp_path: Path) -> None:
+    """A checkpoint half written by a killed process would stay for ever, and gigabytes of them fill a disk."""
+    output = tmp_path / "one"
+    begin(output)
+    (output / "checkpoints").mkdir()
+    put_file(output / "checkpoints/step-1.safetensors", "whole")
+    put_file(output / "checkpoints/.step-2.safetensors.4711.partial", "half")
+    put_folder(output / ".model.4711.partial", "half")
+    begin(output, resume=True)
+    assert sorted(os.listdir(output)) == ["UNFINISHED", "checkpoints", "settings.json"]
+    assert os.listdir(output / "checkpoints") == ["step-1.safetensors"]
+
+
 def test_resume_without_any_run_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no unfinished run"):
         begin(tmp_path / "one", resume=True)
@@ -668,7 +694,9 @@ def test_a_run_killed_while_it_finishes_loses_nothing(tmp_path: Path, has_old: b
             assert (opened.path / "benchmark.json").read_text() == "new"
             assert tree(opened.path / "checkpoints") == checkpoints
             opened.finish()
-            assert result_of(state / "one") == "new"
+        assert result_of(state / "one") == "new"
+        assert not (state / "one/checkpoints").exists()
+        assert not list(state.glob(".one.old"))
     assert seen == {"old" if has_old else None, "new"}
 
 
@@ -678,6 +706,61 @@ def test_opening_a_run_folder_brings_back_the_run_that_a_kill_left_under_its_sec
     opened = RunFolder(tmp_path / "one")
     assert result_of(tmp_path / "one") == "old"
     assert opened.path != opened.output
+
+
+# Full disks and short memory as libraries report them
+
+
+def test_a_library_s_own_error_for_a_full_disk_is_the_system_s(tmp_path: Path) -> None:
+    """safetensors and tokenizers raise exceptions of their own kind; the user gets the one line of a full disk, and the file's old content stays."""
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def save(message: str) -> None:
+        with atomic_path(path) as partial:
+            partial.write_text("half")
+            raise Exception(message)
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert tree(tmp_path) == {"weights": "old"}
+    with pytest.raises(Exception, match=r"^another error$"):
+        save("another error")
+
+
+def torch_asks_for_too_much() -> None:
+    import torch
+
+    torch.empty(2**50)
+
+
+def gpu_is_full() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def python_asks_for_too_much() -> None:
+    bytearray(2**60)
+
+
+@pytest.mark.parametrize("ask", [torch_asks_for_too_much, gpu_is_full, python_asks_for_too_much])
+def test_short_memory_names_the_settings_to_lower(ask: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's CPU allocator, a GPU's and Python's own: exit 1, one line, never a traceback; any other RuntimeError stays what it is."""
+    with pytest.raises(RunError, match=r"^out of memory .*--batch-size"), files.memory_named("--batch-size"):
+        ask()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_command(ask) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (")
+    assert said.count("\n") == 1
+    assert "--max-length" in said
+    with pytest.raises(RuntimeError, match="shape mismatch"), files.memory_named("--batch-size"):
+        raise RuntimeError("shape mismatch")
 
 
 # Signals held back

@@ -18,8 +18,9 @@ ELSEWHERE = {"make quickstart", "make test", "make local-llm"}
 # Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
 NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper", "--private")
 
-SCRIPTS = ("main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py") + (
-    "embed_papers.py", "search_papers.py", "publish_model.py",
+SCRIPTS = (
+    "main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py", "embed_papers.py", "search_papers.py",
+    "publish_model.py",
 )  # fmt: skip
 ROAD, USE = "runs/few", "runs/use"  # the folders of commands that need each other: they run in one test, in their order
 
@@ -78,7 +79,8 @@ def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Pa
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command) and ROAD not in command and USE not in command]
+    "command",
+    [command for command in dict.fromkeys(commands()) if command not in ELSEWHERE and not needs_more(command) and ROAD not in command and USE not in command],
 )
 def test_command(command: str, workspace: Path) -> None:
     words = shlex.split(command)

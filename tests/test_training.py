@@ -32,12 +32,12 @@ from transformers import AutoModel, AutoTokenizer
 import files
 import main
 import train_embedding_model
-from encoder import Encoder, Usage, load_encoder
+from encoder import Encoder, Usage, load_encoder, uses_bf16
 from files import Journal, RunError, Terminated
 from load_data import Paper, batch_pairs
 from settings import Loss, Metric, Pooling, Precision, Settings, complete
 from similarity import contrastive_loss
-from train_embedding_model import Progress, read_training_papers, train, uses_bf16
+from train_embedding_model import Progress, read_training_papers, train
 
 STEP_KEYS = {
     "step", "loss", "loss_ema", "learning_rate", "positive_distance", "negative_distance", "active_share", "spread", "grad_norm",
@@ -71,19 +71,6 @@ def load(folder: Path, metric: Metric = "euclidean", pooling: Pooling = "cls") -
     return load_encoder(str(folder), Usage(pooling, metric, 64), "cpu")
 
 
-@pytest.fixture(scope="module")
-def lively_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny BERT with matrices eight times as large: a freshly drawn one gives nearly the same CLS vector for every text and learns slowly."""
-    folder = tmp_path_factory.mktemp("lively") / "model"
-    shutil.copytree(tiny_bert, folder)
-    model = AutoModel.from_pretrained(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() == 2 else 1)
-    model.save_pretrained(folder)
-    return folder
-
-
 def without_dropout(encoder: Encoder) -> None:
     for module in encoder.model.modules():
         if isinstance(module, nn.Dropout):
@@ -105,7 +92,7 @@ def checkpoint(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, An
     """(tensors, progress) of the checkpoint written at `step`."""
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
     with safe_open(path, framework="pt") as stored:
-        return load_file(path), json.loads(stored.metadata()["progress"])
+        return load_file(path), json.loads(stored.metadata()["state"])
 
 
 def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -399,7 +386,7 @@ def test_start_share_averages_the_best_weights_with_the_start(tiny_bert: Path, t
     encoder = load(tiny_bert)
     start = {name: value.detach().clone() for name, value in encoder.model.named_parameters()}
     train(encoder, toy_papers(30), toy_papers(6, 40), make_settings(start_share=share), tmp_path)
-    best = load_file(tmp_path / "checkpoints" / "best.safetensors")
+    best = {key.removeprefix("best/"): value for key, value in checkpoint(tmp_path, 12)[0].items() if key.startswith("best/")}
     assert any((best[name] - value).abs().max() > 1e-4 for name, value in start.items())
     for name, value in encoder.model.named_parameters():
         torch.testing.assert_close(value.detach(), share * start[name] + (1 - share) * best[name], rtol=0, atol=1e-7)
@@ -487,19 +474,73 @@ def check_resumed(tiny_bert: Path, folder: Path, caplog: pytest.LogCaptureFixtur
     assert_same_tensors(tensors, whole_tensors)
 
 
-def test_torn_checkpoint_is_named_and_the_one_before_continues(
+def test_torn_checkpoints_are_named_and_passed_over(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, whole_run: tuple[Path, Encoder, Progress]
 ) -> None:
-    """A damaged newest checkpoint (a bad disk) is refused by name with its mend, and doing what the mend says works."""
+    """Damaged checkpoints (a bad disk) are named in the log. The run goes on from the one before, or from the start where none is whole; and the next time it
+    is killed, before its first own checkpoint or after, the damaged ones stand in nobody's way."""
     caplog.set_level(logging.INFO)
-    before_step(monkeypatch, 10, fail)
-    with pytest.raises(OSError, match="the power went"):
-        train(load(tiny_bert), toy_papers(40), toy_papers(8, 50), make_settings(), tmp_path)
-    newest = tmp_path / "checkpoints/step-00000008.safetensors"
+    interrupt_at(10, tiny_bert, tmp_path, monkeypatch)
+    older, newest = (tmp_path / f"checkpoints/step-{step:08d}.safetensors" for step in (4, 8))
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"step-00000008\.safetensors.*; delete it"):
+    caplog.clear()
+    interrupt_at(6, tiny_bert, tmp_path, monkeypatch, make_settings(checkpoint_every=7, keep_checkpoints=1))
+    assert "resumed from step 4" in caplog.messages
+    assert any(message.startswith(f"{newest}: is no whole checkpoint") for message in caplog.messages)
+    content = bytearray(older.read_bytes())
+    content[-3] ^= 16  # one bit of one weight
+    older.write_bytes(content)
+    caplog.clear()
+    interrupt_at(6, tiny_bert, tmp_path, monkeypatch, make_settings(checkpoint_every=5, keep_checkpoints=1))
+    assert "resumed from step 0" in caplog.messages
+    assert any(message.startswith(f"{older}: its content is not what was written") for message in caplog.messages)
+    assert any("no whole checkpoint is left; training starts over" in message for message in caplog.messages)
+    assert [path.name for path in sorted(older.parent.iterdir())] == ["step-00000005.safetensors"]
+    check_resumed(tiny_bert, tmp_path, caplog, whole_run, 5)
+
+
+def interrupt_at(step: int, encoder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) -> None:
+    """The run of `whole_run`, in `folder`, up to an error before step `step` + 1."""
+    before_step(monkeypatch, step, fail)
+    with pytest.raises(OSError, match="the power went"):
+        train(load(encoder), toy_papers(40), toy_papers(8, 50), settings or make_settings(), folder)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16", "start_share": 0.25}, {"patience": 2, "max_steps": 30, "keep_checkpoints": 1}])
+def test_resumed_equals_whole_in_bf16_averaged_with_the_start_and_stopped_early(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The same bits too under bf16 autocast, where the start's weights come back only from the encoder, and where patience ends the run."""
+    settings, found = make_settings(**changes), []
+    for name in ("whole", "broken"):
+        if name == "broken":
+            interrupt_at(5, tiny_bert, tmp_path / name, monkeypatch, settings)
+            torch.manual_seed(99)
+        encoder = load(tiny_bert)
+        found.append((train(encoder, toy_papers(40), toy_papers(8, 50), settings, tmp_path / name), encoder.model.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert changes.get("patience") != 2 or found[0][0].step < 30
+    assert_same_tensors(found[1][1], found[0][1])
+    assert comparable(tmp_path / "broken/metrics.jsonl") == comparable(tmp_path / "whole/metrics.jsonl")
+
+
+@pytest.mark.parametrize("place, named", [("step", "--batch-size or --train-max-length"), ("validation", "--max-length")])
+def test_out_of_memory_names_the_setting_and_keeps_the_work(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_run: tuple[Path, Encoder, Progress], caplog: pytest.LogCaptureFixture,
+    place: str, named: str,
+) -> None:  # fmt: skip
+    """In a step, or where the held-out papers are embedded after it; when memory is free again the run goes on to the same bits."""
+    caplog.set_level(logging.INFO)
+    forward = Encoder.forward
+
+    def greedy(self: Encoder, ids: Any) -> Tensor:
+        return torch.empty(2**50) if torch.is_grad_enabled() == (place == "step") else forward(self, ids)
+
+    before_step(monkeypatch, 5, lambda: monkeypatch.setattr(Encoder, "forward", greedy))
+    with pytest.raises(RunError, match=rf"^out of memory \(.*\); .*{named}$") as caught:
         train(load(tiny_bert), toy_papers(40), toy_papers(8, 50), make_settings(), tmp_path)
-    newest.unlink()
+    assert caught.value.exit_code == 1
+    monkeypatch.undo()
     check_resumed(tiny_bert, tmp_path, caplog, whole_run, 4)
 
 
@@ -630,7 +671,16 @@ def test_unfinished_runs(tiny_bert: Path, world: Path, monkeypatch: pytest.Monke
     assert "batch_size was 6, is 5" in changed.said[-1]
     assert "max_steps" not in changed.said[-1]
 
-    resumed = run_main(*base_words(tiny_bert), "--resume")
+    good = (world / "train.jsonl").read_bytes()
+    for content, what in ((good.replace(b"finding 3", b"results 3"), "train_file (SHA-256 of its papers) was "), (None, "train.jsonl: no such file")):
+        (world / "train.jsonl").unlink() if content is None else (world / "train.jsonl").write_bytes(content)
+        other = run_main(*base_words(tiny_bert), "--resume")
+        assert (other.code, contents(world / "out")) == (2, kept)
+        assert what in other.said[-1]
+        assert "eval_file" not in other.said[-1]
+    (world / "train.jsonl").write_bytes(gzip.compress(good))  # the same papers, another file
+
+    resumed = run_main(*base_words(tiny_bert, keep_checkpoints=1), "--resume")
     assert resumed.code == 0, resumed.err
     assert "resumed from step 6" in (world / "out/run.log").read_text(encoding="utf-8")
     assert_same_tensors(load_file(world / "out/model/model.safetensors"), load_file(world / "whole/model/model.safetensors"))
