@@ -79,7 +79,7 @@ def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool
     """
     seen: set[str] = set()
     skipped, count = 0, 0
-    for number, line in _lines(Path(path)):
+    for number, line in raw_lines(path):
         try:
             paper = _parse(line, need)
             if paper.id in seen:
@@ -98,16 +98,43 @@ def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool
         raise UserError(f"{path}: holds no papers", "give a JSONL file with one paper a line (README, Data format)")
 
 
+def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
+    """(1-based number, text) of every non-blank line of a plain text file (see `raw_lines`), without white space around it.
+
+    Raises:
+        UserError: as `raw_lines`; without skip_invalid also a line that is not UTF-8; no line at all.
+    """
+    count, skipped = 0, 0
+    for number, line in raw_lines(path):
+        try:
+            text = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            if not skip_invalid:
+                raise UserError(f"{path}:{number}: is not UTF-8", "save the file as UTF-8 (or leave bad lines out with --skip-invalid)") from None
+            skipped += 1
+            continue
+        count += 1
+        yield number, text
+    if skipped:
+        log.warning("%s: left out %d bad lines, kept %d", path, skipped, count)
+    if not count:
+        raise UserError(f"{path}: holds no text", "give one text a line")
+
+
 class _BadLine(Exception):
     def __init__(self, what: str, mend: str) -> None:
         super().__init__(what)
         self.what, self.mend = what, mend
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, raw line) of every non-blank line; gzip is told by its first two bytes, not by the name."""
+def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, raw line) of every non-blank line of a file, or of standard input for "-"; gzip is told by its first two bytes, not by the name.
+
+    Raises:
+        UserError: no such file, damaged, or a line longer than LONGEST_LINE.
+    """
     try:
-        with path.open("rb") as raw:
+        with Path("/dev/stdin" if str(path) == "-" else path).open("rb") as raw:
             zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # a pipe cannot be rewound
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
             number = 0
@@ -301,6 +328,18 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
     if len(kept) < len(papers):
         log.info("left out %d papers with fewer than two different summaries", len(papers) - len(kept))
     return kept
+
+
+def shard_slice(shard: str) -> slice:
+    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4).
+
+    Raises:
+        UserError: it is not written so.
+    """
+    parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
+    if not parts or int(parts[1]) > int(parts[2]):
+        raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
+    return slice(int(parts[1]) - 1, None, int(parts[2]))
 
 
 def halves(abstract: str) -> tuple[str, str] | None:
