@@ -26,7 +26,7 @@ MAKE_ENVIRONMENT = "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model as its authors use it; texts are embedded alone, so a title [SEP] abstract input is left out. "unknown" is what no source we could read says."""
+    """A model as its authors use it; the benchmark embeds texts alone, whatever `title_first` says. "unknown" is what no source we could read says."""
 
     hub_id: str
     usage: Usage
@@ -37,6 +37,7 @@ class Recipe:
     environment: str = ""  # packages that it needs instead of requirements.txt's
     base: str = ""  # recipe of the model that it is an adapter of
     task: str = ""  # which of its own LoRA adapters is used
+    title_first: bool = False  # a paper goes in as title, the tokenizer's separator, abstract
     published: tuple[float, float, float, float] | None = None  # the paper's own table: mean ranks of titles, segments and queries; clustering
 
 
@@ -53,27 +54,27 @@ RECIPES: dict[str, Recipe] = {
     "SemCSE_cosine": Recipe("CLAUSE-Bielefeld/SemCSE_cosine", Usage("cls", "cosine", 512), "authors' main.py and public use; the card could not be read"),
     "SciBERT": Recipe(
         "allenai/scibert_scivocab_uncased", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe",
-        published=(807.74, 214.37, 213.45, 0.569),
+        title_first=True, published=(807.74, 214.37, 213.45, 0.569),
     ),
     "SciDeBERTa": Recipe(
         "KISTI-AI/Scideberta-full", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe", "cc-by-2.0",
-        published=(1479.09, 861.55, 2465.26, 0.46),
+        title_first=True, published=(1479.09, 861.55, 2465.26, 0.46),
     ),
     "SPECTER": Recipe(
         "allenai/specter", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval",
-        published=(10.25, 12.23, 2.18, 0.692),
+        title_first=True, published=(10.25, 12.23, 2.18, 0.692),
     ),
     "SciNCL": Recipe(
         "malteos/scincl", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval, SemCSE's authors later took cosine",
-        published=(5.68, 7.35, 2.29, 0.702),
+        title_first=True, published=(5.68, 7.35, 2.29, 0.702),
     ),
     "SPECTER2_base": Recipe(
         "allenai/specter2_base", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
-        "3447645e1def9117997203454fa4495937bfbd83", published=(4.52, 5.1, 1.17, 0.666),
+        "3447645e1def9117997203454fa4495937bfbd83", title_first=True, published=(4.52, 5.1, 1.17, 0.666),
     ),
     "SPECTER2_proximity": Recipe(
         "allenai/specter2", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
-        "2081559630a80fc5851d8f798a05ba81e9468089", base="SPECTER2_base", published=(5.34, 5.8, 1.46, 0.666),
+        "2081559630a80fc5851d8f798a05ba81e9468089", base="SPECTER2_base", title_first=True, published=(5.34, 5.8, 1.46, 0.666),
     ),
     "all-MiniLM-L6-v2": Recipe(
         BUNDLED_HUB_ID, Usage("mean", "cosine", 256, normalize=True), "its sentence-transformers files", "apache-2.0",
@@ -141,6 +142,12 @@ def find_recipe(name: str) -> Recipe | None:
         return None
     matches = [recipe for known, recipe in RECIPES.items() if name.casefold() in (known.casefold(), recipe.hub_id.casefold())]
     return matches[0] if matches else None
+
+
+def title_separator(name: str, tokenizer: Any) -> str:
+    """What stands between title and abstract where they are one text: the tokenizer's separator where the recipe says so, else a space as in MTEB."""
+    recipe = find_recipe(name)
+    return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
 
 
 def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict[str, str]]:
