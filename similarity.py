@@ -19,6 +19,8 @@ from settings import Loss, Metric
 CHUNK = 2**22
 # Scores held at once by `ranks` and `nearest`: 2^24 float32 are 64 MiB, whatever the number of queries.
 BLOCK_SCORES = 2**24
+# Numbers of candidates looked at together by `nearest_streamed`: 2 MiB of float32 stay in a core's cache.
+STREAMED = 2**19
 # Two float64 distances count as equal when they differ by less than this share of them: far above float64 rounding, far below any float32 difference.
 TIE = 1e-11
 
@@ -149,14 +151,73 @@ def nearest(
         kth = score.topk(k, dim=1).values[:, -1:]
         row, column = torch.nonzero(score >= kth - doubt, as_tuple=True)
         exact = scorer.exact(start, len(score), row, column)
-        order = torch.argsort(exact, stable=True)  # columns ascend within a row already, so equal distances keep index order
-        order = order[torch.argsort(row[order], stable=True)]
-        counts = torch.bincount(row, minlength=len(score))
-        first = torch.cumsum(counts, 0) - counts
-        take = order[first[:, None] + torch.arange(k)]
+        take = _smallest(exact, row, len(score), k)  # columns ascend within a row already, so equal distances keep index order
         found_distances[start : start + len(score)] = scorer.as_distance(exact[take])
         found[start : start + len(score)] = column[take]
     return found_distances, found
+
+
+def nearest_streamed(queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`nearest` for more candidates than memory holds, such as a memory-mapped file: they are read once, block by block, for all queries.
+
+    In each block float32 bounds tell which candidates can be among the k nearest; only these are computed in float64. Where float32 cannot tell (NaN) they can.
+
+    Args:
+        queries: (n, d) float32.
+        candidates: (m, d) float32.
+        k: neighbours wanted, at least 1.
+        metric: the distance.
+        excluded: (n,) index of a candidate that may not be returned, or -1; None: each may.
+
+    Returns:
+        distances (n, k) float64 ascending and indices (n, k) int64; infinity and -1 where there are too few candidates.
+    """
+    (n, d), unit = queries.shape, metric == "cosine"
+    precise = functional.normalize(queries.double(), dim=-1) if unit else queries.double()
+    centre = candidates[:: -(-len(candidates) // 256)].double().mean(dim=0).float()  # roughly; a common offset would cost accuracy
+    rough = (precise if unit else precise - centre).float()
+    own_squares = rough.square().sum(dim=1, keepdim=True)
+    # the float32 |q|^2 + |c|^2 - 2 q.c is good to this share of |q|^2 + |c|^2: two sums of d products, a length, single roundings; taken twice
+    doubt = 2 * (2 * d + 16) * torch.finfo(torch.float32).eps
+    excluded = torch.full((n,), -1) if excluded is None else excluded
+    query = torch.arange(n).repeat_interleave(k)
+    best, indices = torch.full((n, k), torch.inf, dtype=torch.float64), torch.full((n, k), -1)
+    step = max(1, min(STREAMED // d, BLOCK_SCORES // n))
+    buffer = torch.empty(step, d)
+    for start in range(0, len(candidates), step):
+        block = candidates[start : start + step]
+        shifted = block if unit else torch.sub(block, centre, out=buffer[: len(block)])
+        lengths, products = torch.linalg.vector_norm(shifted, dim=1), rough @ shifted.T
+        if unit:
+            lengths = torch.where((lengths > 1e-10) & (lengths < 1e15), lengths, torch.nan)  # squares of others may be 0 or infinite
+            products, lengths = products / lengths, lengths / lengths
+        sizes = own_squares + lengths.square()
+        upper = torch.sub((1 + doubt) * sizes, products, alpha=2)
+        barred = excluded[:, None] == torch.arange(start, start + len(block))
+        kth = upper.masked_fill(barred, torch.inf).topk(k, largest=False).values[:, -1] if len(block) >= k else torch.tensor(torch.inf)
+        beyond = upper - 2 * doubt * sizes > torch.fmin(best[:, -1], kth)[:, None]
+        near, row = torch.nonzero(~(beyond | barred), as_tuple=True)
+        if len(row):
+            exact = torch.cat(
+                [_squares(precise[q], block[r].double(), unit) for q, r in zip(torch.split(near, CHUNK // d), torch.split(row, CHUNK // d), strict=True)]
+            )
+            values, found = torch.cat([best.flatten(), exact]), torch.cat([indices.flatten(), row + start])
+            take = _smallest(values, torch.cat([query, near]), n, k)
+            best, indices = values[take], found[take]
+    return (best / 2 if unit else best.sqrt()), indices
+
+
+def _squares(queries: Tensor, candidates: Tensor, unit: bool) -> Tensor:
+    """(n,) squared distances of row i and row i, float64; of their unit vectors where the candidates' are wanted."""
+    return (queries - (functional.normalize(candidates, dim=-1) if unit else candidates)).square().sum(dim=1)
+
+
+def _smallest(values: Tensor, row: Tensor, rows: int, k: int) -> Tensor:
+    """Places (rows, k) in `values` of each row's k smallest, ascending, equal ones in their order; `row` says whose each value is."""
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    counts = torch.bincount(row, minlength=rows)
+    return order[(torch.cumsum(counts, 0) - counts)[:, None] + torch.arange(k)]
 
 
 class _Scorer:
