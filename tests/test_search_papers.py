@@ -221,15 +221,9 @@ def test_command_lines_that_cannot_work(words: str, search: Search) -> None:
         search(*words.split())
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The commands that README shows, on the sample papers and the bundled encoder.
-COMMANDS = """
-python embed_papers.py --model all-MiniLM-L6-v2 --input data/sample_test.jsonl --output runs/vectors.npy
-python search_papers.py --vectors runs/vectors.npy --query "how artists pay performers" -k 3
-python search_papers.py --vectors runs/vectors.npy --id art-3-1 --json
-python embed_papers.py --model all-MiniLM-L6-v2 --input data/sample_test.jsonl --output runs/shared.npy --chunk 4 --shard 1/2
-python embed_papers.py --model all-MiniLM-L6-v2 --input data/sample_test.jsonl --output runs/shared.npy --chunk 4 --shard 2/2
-python embed_papers.py --output runs/shared.npy --merge 2
-"""
+COMMANDS = [line for line in README.splitlines() if line.startswith(("python embed_papers.py", "python search_papers.py"))]
 
 
 def test_the_commands_of_the_readme(tmp_path: Path, search: Search, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +233,8 @@ def test_the_commands_of_the_readme(tmp_path: Path, search: Search, monkeypatch:
     (tmp_path / "data" / "sample_test.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     printed = []
-    for command in COMMANDS.strip().splitlines():
+    assert len(COMMANDS) == 6
+    for command in COMMANDS:
         words = shlex.split(command)
         monkeypatch.setattr(sys, "argv", words[1:])
         {"embed_papers.py": embed_papers, "search_papers.py": search_papers}[words[1]].main()
