@@ -99,18 +99,6 @@ def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool
         raise UserError(f"{path}: holds no papers", "give a JSONL file with one paper a line (README, Data format)")
 
 
-def shard_slice(shard: str) -> slice:
-    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4).
-
-    Raises:
-        UserError: it is not written so.
-    """
-    parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
-    if not parts or int(parts[1]) > int(parts[2]):
-        raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
-    return slice(int(parts[1]) - 1, None, int(parts[2]))
-
-
 class _BadLine(Exception):
     def __init__(self, what: str, mend: str) -> None:
         super().__init__(what)
@@ -330,6 +318,18 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
     if len(kept) < len(papers):
         log.info("left out %d papers with fewer than two different summaries", len(papers) - len(kept))
     return kept
+
+
+def shard_slice(shard: str) -> slice:
+    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4).
+
+    Raises:
+        UserError: it is not written so.
+    """
+    parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
+    if not parts or int(parts[1]) > int(parts[2]):
+        raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
+    return slice(int(parts[1]) - 1, None, int(parts[2]))
 
 
 def halves(abstract: str) -> tuple[str, str] | None:
