@@ -24,7 +24,7 @@ from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.activations import get_activation
 from transformers.utils import logging as transformers_logs
 
@@ -432,6 +432,9 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     source = find_model(name)
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
+        if trust_remote_code:
+            code = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("auto_map", {})
+            log.warning("--trust-remote-code: %s (revision %s) runs Python code of its own here: %s", name, revision, sorted(map(str, code.values())) or "none")
         tokenizer = AutoTokenizer.from_pretrained(source, **origin)
         with _no_library_bars():
             model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **origin)

@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from typing import Any, TypeVar
 import tyro
 
 Command = TypeVar("Command")
+
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables whose values nothing that we write may hold
 
 
 class UserError(Exception):
@@ -52,9 +55,10 @@ class Terminated(BaseException):
 def run_command(command: Callable[[], None]) -> int:
     """Run a script's `command` and turn every failure into one line on stderr and an exit code (see the module's first lines).
 
-    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback.
+    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback, without secrets.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
+    sys.excepthook = lambda *fault: print(without_secrets("".join(traceback.format_exception(*fault))), end="", file=sys.stderr)
     try:
         with memory_named("--max-length or the size of a batch, where the script has one"):
             command()
@@ -99,8 +103,27 @@ def _raise_terminated(signum: int, frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
+
+
+def without_secrets(text: str) -> str:
+    """`text` with stars for the values of SECRETS, which a server may have sent back; words of fewer than eight characters ("EMPTY") are no secrets."""
+    for value in (os.environ.get(name, "").strip() for name in SECRETS):
+        text = text.replace(value, "***") if len(value) >= 8 else text
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` for one line of a terminal or log: no secrets; line breaks, control and direction characters and half surrogate pairs as escapes."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in without_secrets(text))
+
+
+class _OneLine(logging.Formatter):
+    """Log lines that no text in them can garble."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def _mend_of(error: OSError) -> str:
@@ -413,6 +436,8 @@ def log_to_stderr(also: Path | None = None) -> None:
     logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for handler in handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
 
 def versions() -> dict[str, str | None]:

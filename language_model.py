@@ -23,7 +23,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import files
 from files import Journal, RunError, StopSignal, UserError
-from load_data import Paper, normalise, read_papers
+from load_data import Paper, normalise, read_papers, shard_slice
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ LONGEST_RETRY_AFTER = 120.0  # seconds that a server may make a request wait
 GONE = (50, 60.0)  # failures in a row, and seconds without any answer if there ever was one, after which a run ends
 GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight: they are paid
 SAME_WORDS = 0.8  # share of common words (Jaccard) from which two texts count as the same [ours]
+LONGEST_TEXT, CHARS_PER_WORD = 4_000, 40  # characters read of a text; so many a word are too many: cleaning takes time by the square
 COPIED = 0.7  # share of its word 5-grams in a source from which a text counts as copied [ours]
 CHARS_PER_TOKEN = 4  # rule of thumb for English, for --estimate only
 
@@ -87,6 +88,7 @@ class Flags:
     max_cost: float | None = None  # send no more once all answers in the journal, those of earlier runs too, have cost this much
     estimate: bool = False  # say what the missing texts would cost, and send nothing
     skip_invalid: bool = False  # count and log bad lines of the input instead of stopping at the first
+    shard: str = "1/1"  # such as 2/4: do the second of four shares of the papers, into files of its own (README tells how to merge them)
 
 
 def check(flags: Flags) -> None:
@@ -104,8 +106,17 @@ def check(flags: Flags) -> None:
         raise UserError("--base-url is missing or not plain http(s)://host[:port]/path", "name a server; a key belongs into OPENAI_API_KEY")
     if flags.max_cost is not None and not flags.price_in + flags.price_out > 0:
         raise UserError("--max-cost without a price", "give --price-in and --price-out")
-    if flags.output.is_dir() or flags.output.resolve() == flags.input.resolve():
+    if os.path.isdir(flags.output) or os.path.realpath(flags.output) == os.path.realpath(flags.input):
         raise UserError(f"--output {flags.output} is a folder or the input", "name another file")
+    if os.path.exists(flags.input) and not os.path.isfile(flags.input) and not os.path.isdir(flags.input):
+        raise UserError(f"--input {flags.input} is a pipe or device, and papers are read three times", "write them to a file first")
+    if not (_api_key().isascii() and _api_key().isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no HTTP header may", "set it again, on one line")
+    shard_slice(flags.shard)
+
+
+def _api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-needed"
 
 
 # The quality gate
@@ -138,7 +149,7 @@ _ABOUT_STUDY = re.compile(
 
 def clean(text: str) -> str:
     """A model's answer without what stands around its text: thoughts, preamble, label, quotes, markdown, list mark. Several lines stay several lines."""
-    text, before = re.sub(r"<think>.*?(?:</think>|\Z)", "", text.encode(errors="replace").decode().translate(_STRAIGHT), flags=re.S), ""
+    text, before = re.sub(r"<think>.*?(?:</think>|\Z)", "", text.encode(errors="replace").decode().translate(_STRAIGHT), flags=re.S)[:LONGEST_TEXT], ""
     while before != text:
         before = text
         lines = [line for line in map(_bare, re.sub(r"```\w*", "\n", text).splitlines()) if line]
@@ -167,7 +178,7 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
         "refusal": lambda: _REFUSAL.match(text),
         "several lines": lambda: "\n" in text,
         "too short": lambda: len(text.split()) < job.words[0],
-        "too long": lambda: len(text.split()) > job.words[1],
+        "too long": lambda: len(text.split()) > job.words[1] or len(text) > CHARS_PER_WORD * job.words[1],
         "repeats the prompt": lambda: any(_shares_words(text, f"{prompt.system} {prompt.task}") for prompt in job.prompts),
         "speaks of the study": lambda: _ABOUT_STUDY.search(text),
         "a question": lambda: job.key == "summaries" and text.endswith("?"),
@@ -212,7 +223,7 @@ def _words(text: str) -> str:
 def parse_texts(text: str) -> list[str]:
     """The whole strings of an answer that should be JSON {"texts": [...]}, also of one that was cut; the lines of an answer in prose. Never raises."""
     found = []
-    for string, colon in re.findall(r'("(?:[^"\\]|\\.)*")(\s*:)?', text, re.S) if re.search(r"[\[{]", text) else []:
+    for string, colon in re.findall(r'("(?:[^"\\]|\\.)*+"?)(\s*:)?', text, re.S) if re.search(r"[\[{]", text) else []:
         with contextlib.suppress(ValueError):
             found += [] if colon else [str(json.loads(string, strict=False))]
     return found or text.splitlines()
@@ -238,8 +249,9 @@ def read_answer(body: bytes) -> Answer:
     try:
         data = json.loads(body)
         choice, usage = data["choices"][0], data.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return Answer(str(choice["message"].get("content") or ""), choice.get("finish_reason") == "length", tokens)
+        read, written = (min(max(0, int(usage.get(name) or 0)), 10**9) for name in ("prompt_tokens", "completion_tokens"))
+        text = files.without_secrets(str(choice["message"].get("content") or ""))
+        return Answer(text, choice.get("finish_reason") == "length", (read, written))
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError("not a chat completion") from error
 
@@ -313,9 +325,8 @@ class Client:
     def __init__(self, flags: Flags) -> None:
         import openai
 
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-needed"
         clients = [openai.DefaultAsyncHttpxClient(transport=None if url.startswith("https") else _plain_http()) for url in flags.base_url]
-        options: dict[str, Any] = {"api_key": self._key, "max_retries": 0, "timeout": None}
+        options: dict[str, Any] = {"api_key": _api_key(), "max_retries": 0, "timeout": None}
         self.servers = [openai.AsyncOpenAI(base_url=url, http_client=http, **options) for url, http in zip(flags.base_url, clients, strict=True)]
         self.flags, self.stopping, self.faults = flags, asyncio.Event(), Counter[str]()
         self.limit, self._active, self._cut_at = float(flags.concurrency), 0, float("-inf")
@@ -374,7 +385,7 @@ class Client:
             return RunError("a server knows no such path or model (HTTP 404)", "check --base-url (most end in /v1) and --model, and run again")
         if status in (408, 409, 425, 429) or status >= 500:
             return Unanswered(f"HTTP {status}", wait=retry_after(wait))
-        return Unanswered(f"HTTP {status}: {' '.join(str(message).replace(self._key, '***').split())[:200]}", again=False)
+        return Unanswered(f"HTTP {status}: {' '.join(files.without_secrets(str(message)).split())[:200]}", again=False)
 
     def _count_fault(self, reason: str) -> None:
         """Count faults by kind and in a row: ask for less at a time when a server has too much to do, end the run when nothing is answered any more."""
@@ -394,12 +405,18 @@ class Answers:
     """The journal, and where in it the accepted text of each slot stands: two integers a text, so that millions fit into memory."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
+        path.touch()
+        with path.open("rb") as journal:
+            lines = sum(1 for _ in journal)
+        self.journal = Journal(path, keep=_is_whole)
         self.offsets: dict[int, int] = {}
         self.rejected: Counter[int] = Counter()  # refused answers by slot: a new attempt gets a new seed
         self.tokens = [0, 0]
         for offset, row in Journal.scan(path):
             self._note(offset, row)
+            lines -= 1
+        if lines:
+            log.warning("%s: left out %d torn or damaged rows; what they held is asked for again", path, lines)
 
     def _note(self, offset: int, row: dict[str, Any]) -> None:
         if "rejected" in row:
@@ -411,7 +428,7 @@ class Answers:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep one answer for good."""
-        self._note(self.journal.append(row), row)
+        self._note(self.journal.append(row | {"sum": _sum(row)}), row)
 
     def texts(self, keys: list[int]) -> dict[int, str]:
         """Slot -> accepted text, of slots with these keys."""
@@ -422,6 +439,16 @@ class Answers:
         self.journal.close()
         if not self.journal.path.stat().st_size:
             self.journal.path.unlink()
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row of the journal is as it was written. Rows of earlier versions have no sum."""
+    kinds = {"key": int, "id": str, "slot": int, "text": str, "prompt_tokens": int, "completion_tokens": int}
+    return all(type(row.get(name)) is kind for name, kind in kinds.items()) and row.get("sum", _sum(row)) == _sum(row)
+
+
+def _sum(row: dict[str, Any]) -> str:
+    return _hash(*sorted((name, value) for name, value in row.items() if name != "sum")).hex()
 
 
 @dataclass
@@ -446,8 +473,9 @@ class Run:
         self.tokens_before = list(answers.tokens)
 
     def papers(self) -> Iterator[Paper]:
-        """The input, from its beginning."""
-        return read_papers(self.flags.input, need=("abstract",), skip_invalid=self.flags.skip_invalid)
+        """The papers of this shard of the input, from its beginning."""
+        part = shard_slice(self.flags.shard)
+        return itertools.islice(read_papers(self.flags.input, need=("abstract",), skip_invalid=self.flags.skip_invalid), part.start, None, part.step)
 
     def cost(self, tokens: list[int]) -> float:
         """Price of tokens read and written."""
@@ -626,6 +654,8 @@ def run_job(flags: Flags, job: Job) -> None:
         RunError: servers refuse all requests or are gone, or --max-cost is reached. All answers are kept.
     """
     check(flags)
+    if flags.shard != "1/1":
+        flags = replace(flags, output=flags.output.with_name(f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"))
     output = flags.output
     with files.lock(output.with_name(f".{output.name}.lock")), contextlib.closing(Answers(Path(f"{output}.journal.jsonl"))) as answers:
         run = Run(flags, job, answers)

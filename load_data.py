@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
 # A line longer than this is no paper: 16 MiB are some three million words.
 LONGEST_LINE = 16 * 2**20
+LONGEST_ID, LONGEST_WORD = 1_000, 5_000  # characters; comparing texts takes time by the square of a word's combining marks
 MOST_VISITS = 100
 # Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
 SHINGLE_WORDS = 8
@@ -170,6 +171,7 @@ def _parse(line: bytes, need: Collection[str]) -> Paper:
         texts = row[key] if isinstance(row[key], list) else [row[key]]
         if not texts or not all(text.strip() for text in texts):
             raise _BadLine(f'key "{key}" is blank', "fill it or drop the paper")
+    _check_sizes(row["id"], [row[key] for key in TEXT_KEYS if key in row] + summaries)
     distinct: dict[str, str] = {}
     for text in summaries:
         if text.strip():
@@ -181,12 +183,20 @@ def _parse(line: bytes, need: Collection[str]) -> Paper:
     return Paper(summaries=tuple(distinct.values()), visits=visits, extra=extra, **{key: row[key] for key in TEXT_KEYS if key in row})
 
 
+def _check_sizes(identity: str, texts: list[str]) -> None:
+    if len(identity) > LONGEST_ID:
+        raise _BadLine(f'key "id" has more than {LONGEST_ID} characters', "give the paper a shorter id")
+    for text in texts:
+        if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
+            raise _BadLine(f"a text holds a word of more than {LONGEST_WORD} characters", "mend that text or drop the paper")
+
+
 def _json_object(line: bytes) -> dict[str, Any]:
     if b"\x00" in line:
         raise _BadLine("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
     try:
         text = line.decode("utf-8-sig")
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeDecodeError:
         raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
@@ -203,6 +213,13 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return row
 
 
 def _kind(value: object) -> str:

@@ -1,20 +1,17 @@
-"""language_model.py and the two generators: the gate by hand-written and generated texts, the client against a misbehaving server, the run against kills.
+"""language_model.py and the two generators: the gate by hand-written and generated texts, the client against a misbehaving server, the run against signals.
 
-PYTHONPATH=. python tests/test_language_model.py KILLS     runs the kill test with that many kills and says what it did
+Kills, full disks and damaged journals are in test_torture.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
 import json
 import logging
 import os
-import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, make_paper, run_script
+from conftest import run_script
 from fake_llm_server import FORMS, KINDS, Body, FakeServer, at_random
 from fake_llm_server import sentence as made_up
+from faults import asked, bare, started, wait_for, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,19 +298,6 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
         signal.signal(number, handler)
     logging.root.handlers[:] = before
-
-
-def bare(number: int, **changes: Any) -> dict[str, Any]:
-    """A paper without generated texts."""
-    paper = make_paper(number, **changes)
-    return {key: value for key, value in paper.items() if key not in ("summaries", "query") or key in changes}
-
-
-def asked(body: Body) -> tuple[str, int]:
-    """(paper, slot) that a request of generate_train_summaries is about."""
-    text = body["messages"][1]["content"]
-    number = text.partition("\n")[0].rpartition(" ")[2]
-    return f"paper-{number}", next(slot for slot, task in enumerate(VIEWS.values()) if text.endswith(task))
 
 
 def test_every_paper_gets_its_texts_in_the_order_of_the_input(generate: Callable[..., Outcome], papers_file: Callable[..., Path]) -> None:
@@ -727,38 +712,6 @@ def test_openai_is_imported_only_when_it_is_needed() -> None:
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-QUICK = """
-import sys, files, language_model, generate_train_summaries
-language_model.BACKOFF = (0.001, 0.01)
-sys.exit(files.run_command(generate_train_summaries.main))
-"""
-
-
-@contextlib.contextmanager
-def started(source: Path, output: Path, url: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that generates summaries; killed at the end."""
-    words = ["--input", str(source), "--output", str(output), "--base-url", url, "--model", "small", *flags]
-    with subprocess.Popen([sys.executable, "-c", QUICK, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def whole_rows(output: Path) -> list[dict[str, Any]]:
-    """The rows of a journal that may be growing."""
-    path = Path(f"{output}.journal.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    """Until the condition holds or the process has ended."""
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_waits_for_answers_in_flight_and_keeps_them(papers_file: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int) -> None:
     source, output = papers_file([bare(i) for i in range(100)]), tmp_path / "out.jsonl"
@@ -803,52 +756,3 @@ def test_a_quarter_of_misbehaviour_leaves_texts_or_reasons(generate: Callable[..
     accepted = Counter((row["id"], row["slot"]) for row in done.rows(".journal.jsonl") if "rejected" not in row)
     assert set(accepted.values()) == {1}
     assert done.report["rejected"] == Counter(row["rejected"] for row in done.rows(".journal.jsonl") if "rejected" in row)
-
-
-def kill_many(kills: int, papers: int, folder: Path) -> dict[str, int]:
-    """Kill a run on a misbehaving server at random moments, let it end, and compare what it leaves with what a run leaves that was let alone.
-
-    The moments are spread over all answers; the last one comes after the last answer, about when the output is written.
-    """
-    source, output = folder / "papers.jsonl", folder / "killed.jsonl"
-    source.write_text("".join(json.dumps(bare(i)) + "\n" for i in range(papers)), encoding="utf-8")
-    flags = ("--concurrency", "16", "--attempts", "20", "--retries", "20")
-    moments = [*sorted(random.sample(range(1, 4 * papers), kills - 1)), 4 * papers]
-    kept: list[tuple[int, set[tuple[str, int]]]] = []  # at each kill: requests until then, slots with an accepted answer
-
-    def accepted() -> list[tuple[str, int]]:
-        return [(row["id"], row["slot"]) for row in whole_rows(output) if "rejected" not in row]
-
-    with FakeServer(0.01, at_random(0.25, [kind for kind in KINDS if kind != "stall"])) as server:
-        with started(source, folder / "whole.jsonl", server.url, *flags) as process:
-            process.communicate(timeout=300)
-        alone = len(server.requests)
-        for moment in moments:
-            with started(source, output, server.url, *flags) as process:
-                wait_for(lambda moment=moment: len(accepted()) >= moment, process)  # type: ignore[misc]
-                time.sleep(random.uniform(0, 0.05))
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            kept.append((len(server.requests), set(accepted())))
-        with started(source, output, server.url, *flags) as process:
-            process.communicate(timeout=300)
-        assert process.returncode == 0
-    counts = [{row["id"]: len(set(row["summaries"])) for row in Outcome(0, "", folder / name).rows()} for name in ("whole.jsonl", "killed.jsonl")]
-    assert list(counts[0]) == list(counts[1]) == [f"paper-{i}" for i in range(papers)]
-    assert set(counts[0].values()) == set(counts[1].values()) == {4}
-    assert not list(folder.glob("*.failed.jsonl"))
-    assert len(accepted()) == len(set(accepted())) == 4 * papers
-    again = sum(len(done & set(map(asked, server.requests[sent:]))) for sent, done in kept)
-    assert again == 0
-    return {"kills": kills, "requests when left alone": alone, "requests when killed": len(server.requests) - alone, "accepted ones sent again": again}
-
-
-def test_kills_lose_no_answer_and_the_file_is_that_of_a_run_left_alone(tmp_path: Path) -> None:
-    kill_many(4, 40, tmp_path)
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as where:
-        print(kill_many(int(sys.argv[1]), 200, Path(where)))
