@@ -230,6 +230,7 @@ def disk_full(folder: Path, seed: int) -> Outcome:
         shutil.rmtree(world / out)
         run = Run(world, out, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
         code, what = run.end(), f"files of {size} bytes at most"
+        error = run.error() or ""
         wrong, where = finish(run, world)
     else:
         size = draw.randrange(48_000, 1_000_000)
@@ -247,12 +248,12 @@ def disk_full(folder: Path, seed: int) -> Outcome:
             exit $code"""
         run = Run(world, out, before=("unshare", "-rm", "sh", "-c", script, "sh"))
         code = run.end()
+        error = run.error() or ""
         resumed = re.findall("resumed from step [0-9]+", run.said())
         where = resumed[-1] if resumed else "started anew"
         run.out = world / f"{out}.copy"
         wrong = difference(run.out, reference(world)) if run.out.exists() else f"the resumed run failed: {run.said()[-200:]!r}"
         (world / out).rmdir()
-    error = run.error() or ""
     if not wrong and (code != 1 or not re.search("No space left on device|File too large", error)):
         wrong = f"the run on the full disk: exit {code}, {error or run.said()[-300:]!r}"
     return _outcome("disk full", wrong, f"{what}: {error[7:90]}; {where}", run)
