@@ -66,6 +66,7 @@ def save_map(path: Path, papers: Sequence[Paper], vectors: Any, seed: int) -> No
     if len(chosen) > MAP_PAPERS:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, MAP_PAPERS, replace=False))
     titles, fields = [papers[i].title[:LONGEST_TITLE] for i in chosen], [papers[i].field.strip()[:LONGEST_FIELD] or "no field" for i in chosen]
+    fields = [files.printable(field) for field in fields]  # matplotlib names characters that it cannot draw in a warning
     with files.atomic_path(path) as partial, partial.open("wb") as handle:
         np.savez(handle, titles=titles, fields=fields, vectors=np.asarray(vectors, dtype=np.float32)[chosen])
 

@@ -848,11 +848,15 @@ def test_remote_code_is_refused_unless_allowed(model_with_code: Callable[[str], 
 
 
 @pytest.mark.parametrize("model_type", ["tiny_own_type", "bert"])
-def test_remote_code_runs_when_allowed(model_with_code: Callable[[str], tuple[Path, Path]], model_type: str) -> None:
+def test_remote_code_runs_when_allowed_and_the_log_says_whose(
+    model_with_code: Callable[[str], tuple[Path, Path]], model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, marker = model_with_code(model_type)
     model = load_encoder(str(folder), CLS, "cpu", trust_remote_code=True)
     assert marker.exists()
     assert type(model.model).__name__ == "OwnModel"
+    code = [f"own_{model_type}.OwnConfig", f"own_{model_type}.OwnModel"]
+    assert f"--trust-remote-code: {folder} (revision main) runs Python code of its own here: {code}" in caplog.messages
 
 
 # The bundled encoder

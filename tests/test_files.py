@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import random
 import re
@@ -419,6 +420,21 @@ def test_each_failure_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixtur
     written = capsys.readouterr()
     assert written.err == ("" if line is None else f"error: {line}\n")
     assert written.out == ""
+
+
+def test_what_is_said_cannot_garble_a_terminal_or_tell_a_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-planted-01 \n")
+    monkeypatch.setenv("HF_TOKEN", "short")
+    nasty = "\x1b[2J\u202eab\u2028\udcff sk-planted-01 short \u6771\u00e9"
+    safe = r"\x1b[2J\u202eab\u2028\udcff *** short" + " \u6771\u00e9"
+    assert files.printable(nasty) == safe
+    before = list(logging.root.handlers)
+    files.log_to_stderr(tmp_path / "run.log")
+    logging.getLogger("any").warning("one\n%s", nasty)
+    written = capsys.readouterr().err
+    logging.root.handlers[:] = before
+    assert written[20:] == rf"one\n{safe}" + "\n"
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == written
 
 
 @pytest.mark.usefixtures("signals_kept")

@@ -10,6 +10,7 @@ import gzip
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -19,11 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_llm_server
 import pytest
 from conftest import run_script
 from fake_llm_server import FORMS, KINDS, Body, FakeServer, at_random
 from fake_llm_server import sentence as made_up
-from faults import asked, bare, started, wait_for, whole_rows
+from faults import asked, bare, misbehaviour, started, wait_for, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +104,28 @@ def test_clean_of_nothing_is_judged_empty(raw: str) -> None:
     assert judge(text, PAPER, [], JOB) in ("empty", "too short")
 
 
+@pytest.mark.parametrize(
+    "layer", ["- ", "* ", "1. ", "__", "**", "Summary: ", '"', "`", "<think>", "</think>", "this ", "as an ", '"\\', '{"\\"', "a\u0301\u0316", "\u202e"]
+)
+def test_an_endless_answer_is_refused_in_no_time(layer: str) -> None:
+    """Guards against: what is stripped layer by layer, or searched anew from every quote, takes minutes for an answer that a server never ends."""
+    for raw in (layer * 100_000, "{" + layer * 100_000, GOOD + layer * 100_000):
+        start = time.process_time()
+        assert all(judge(clean(text), PAPER, [GOOD], JOB) for text in [raw, *parse_texts(raw)[:4]])
+        assert time.process_time() - start < 10
+
+
+@given(st.text(max_size=50), st.sampled_from([f"{GOOD}%s", f"%s{GOOD}", f"%s{ABSTRACT}%s", '{"texts": ["%s", "%s"]}', "%s\n%s", "<think>%s</think>%s"]))
+@settings(deadline=None, max_examples=300)
+def test_the_gate_takes_any_answer_and_lets_only_texts_through_that_can_be_written(noise: str, form: str) -> None:
+    raw = form.replace("%s", noise)
+    for text in map(clean, [raw, *parse_texts(raw)]):
+        if judge(text, PAPER, [], JOB) is None:
+            assert JOB.words[0] <= len(text.split()) <= JOB.words[1]
+            assert text == " ".join(text.split())
+            assert text.encode().decode() == text
+
+
 @given(st.text() | st.text(alphabet="ab \"'`*_#-1.:\n\\[]{}<think>/Sumary"))
 @settings(deadline=None, max_examples=300)
 def test_clean_takes_any_text_and_finds_no_more_to_do_the_second_time(raw: str) -> None:
@@ -130,6 +154,7 @@ def test_half_a_surrogate_pair_does_not_get_through() -> None:
         ("Heat kills most mussels quickly.", "too short"),
         (" ".join(f"word{i}" for i in range(81)), "too long"),
         (" ".join(f"word{i}" for i in range(80)), None),
+        ("Seven long words are no summary either: " + "x" * 3_200, "too long"),
         ("This study shows that warm water removes most bivalves from pipes.", "speaks of the study"),
         ("Warm water, the authors say, removes most bivalves from river pipes.", "speaks of the study"),
         ("Warm water removes most bivalves from pipes, as we could show.", "speaks of the study"),
@@ -208,6 +233,12 @@ def test_parse_texts_takes_lines_where_there_is_no_json() -> None:
 
 
 # Answers and headers
+
+
+@pytest.mark.parametrize("told, read", [("7", 7), ("-7", 0), ("1e308", 10**9), ("null", 0), ("true", 1)])
+def test_a_server_may_tell_any_number_of_tokens(told: str, read: int) -> None:
+    assert read_answer(f'{{"choices": [{{"message": {{}}}}], "usage": {{"prompt_tokens": {told}}}}}'.encode()).tokens == (read, 0)
+
 
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
 
@@ -621,6 +652,101 @@ def test_the_whole_texts_of_a_cut_list_are_kept_and_the_rest_is_asked_for(genera
 # Ends of runs
 
 
+@pytest.mark.parametrize("shards, queries", [(3, False), (8, True)])
+def test_the_journals_of_shards_put_together_give_the_file_of_one_run(
+    generate: Callable[..., Outcome], papers_file: Callable[..., Path], shards: int, queries: bool
+) -> None:
+    """Byte for byte, with seven papers, one of them a bad line, without another request; each paper is asked about by one shard alone."""
+    rows = [bare(i, summaries=["an old one", "and another"]) for i in range(7)]
+    source = papers_file([*rows[:2], {"id": "bad"}, *rows[2:]])
+    flags: dict[str, Any] = {"queries": queries, "skip_invalid": True}
+    with FakeServer(misbehave=misbehaviour(random.Random(0))) as server:
+        one = generate(source, server.url, **flags, output="one.jsonl", attempts=9)
+        whole, sent = one.output.read_bytes(), len(server.requests)
+        parts = [generate(source, server.url, **flags, shard=f"{i}/{shards}", attempts=9) for i in range(1, shards + 1)]
+        assert {body["messages"][1]["content"] for body in server.requests[:sent]} == {body["messages"][1]["content"] for body in server.requests[sent:]}
+        outputs = [one.output.with_name(f"shard-{i}-of-{shards}.out.jsonl") for i in range(1, shards + 1)]
+        assert [[json.loads(line)["id"] for line in path.read_bytes().splitlines()] for path in outputs] == [
+            [row["id"] for row in rows[i::shards]] for i in range(shards)
+        ]
+        assert not parts[0].exists(".journal.jsonl")
+        journals = [Path(f"{path}.journal.jsonl") for path in outputs]
+        Path(f"{parts[0].output}.journal.jsonl").write_bytes(b"".join(path.read_bytes() for path in journals if path.exists()))
+        sent = len(server.requests)
+        merged = generate(source, server.url, **flags)
+        assert len(server.requests) == sent
+    assert merged.output.read_bytes() == whole
+    assert merged.report["accepted"] == 0
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", "1.0/2", "\u0661/\u0662", ""])
+def test_a_shard_that_is_none_is_refused(generate: Callable[..., Outcome], papers_file: Callable[..., Path], shard: str) -> None:
+    done = generate(papers_file([bare(1)]), "http://127.0.0.1:1/v1", shard=shard)
+    assert (done.code, done.said.count("\n")) == (2, 1)
+    assert "is no shard; give i/n" in done.error
+    assert not done.output.parent.exists()
+
+
+def test_a_damaged_row_of_the_journal_is_asked_for_again_and_others_are_not(generate: Callable[..., Outcome], papers_file: Callable[..., Path]) -> None:
+    """A changed letter, a refusal that became an accepted text, a row of another shape; rows of earlier versions, which have no sum, count."""
+    source = papers_file([bare(i) for i in range(3)])
+    with FakeServer(misbehave=lambda body, number: "refusal" if number == 0 else None) as server:
+        first = generate(source, server.url, concurrency=1)
+        journal = Path(f"{first.output}.journal.jsonl")
+        rows = first.rows(".journal.jsonl")
+        assert [("rejected" in row, "sum" in row) for row in rows] == [(True, True)] + [(False, True)] * 12
+        rows[0].pop("rejected")
+        rows[1]["text"] = rows[1]["text"].upper()
+        rows[2]["key"] = str(rows[2]["key"])
+        del rows[3]["completion_tokens"]
+        del rows[4]["sum"]
+        journal.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sent = len(server.requests)
+        again = generate(source, server.url, concurrency=1)
+        assert Counter(map(asked, server.requests[sent:])) == Counter((row["id"], row["slot"]) for row in rows[1:4])
+    assert "left out 4 torn or damaged rows" in again.said
+    assert again.code == 0
+    assert len(again.rows(".journal.jsonl")) == 9 + 3
+
+
+KEY, TOKEN = "sk-planted-0123456789", "hf_planted0123456789"
+
+
+def test_secrets_are_in_nothing_that_is_said_or_written(papers_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong: a server that says the key in its error, in its answers, or nothing at all, and a fault of our own with the key in its message."""
+
+    crash = "import os, files; files.run_command(lambda: {}['Bearer ' + os.environ['OPENAI_API_KEY']])"
+    environment: dict[str, Any] = {"OPENAI_API_KEY": KEY, "HF_TOKEN": TOKEN, "OPENAI_LOG": "debug"}
+    source, said = papers_file([bare(i) for i in range(2)]), ""
+    monkeypatch.setattr(fake_llm_server, "sentence", lambda body, number=0: f"{KEY} {made_up(body, number)}")
+    with FakeServer() as server:
+        urls = dict.fromkeys(("401", "400", "none"), server.url) | {"gone": "http://127.0.0.1:1/v1", "tls": "https" + server.url[4:]}
+        for kind, url in urls.items():
+            server.misbehave = lambda body, number, kind=kind: f"{kind} wrong key {KEY}, token {TOKEN}" if kind.isdigit() else None  # type: ignore[misc]
+            words = ("--input", source, "--output", tmp_path / f"{kind}.jsonl", "--base-url", url, "--model", "m", "--retries", "0", "--timeout", "5")
+            done = run_script("generate_train_summaries.py", *words, **environment)
+            assert (done.returncode, "Traceback" in done.stderr) == (int(kind == "401"), False), done.stderr
+            said += done.stdout + done.stderr
+        assert server.keys == {f"bearer {KEY}"}
+    done = run_script("-c", crash, **environment)
+    assert "KeyError: 'Bearer ***'" in done.stderr
+    written = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file())
+    assert "wrong key ***, token ***" in written
+    assert [len(json.loads(line)["summaries"]) for line in (tmp_path / "none.jsonl").read_text(encoding="utf-8").splitlines()] == [4, 4]
+    assert not [secret for secret in (KEY, TOKEN) if secret in said + done.stderr + written]
+
+
+@pytest.mark.parametrize("key", ["sk-one\r\nX-Other: header", "sk-\u00e4\u00f6\u00fc-0123456789", "sk-\x1b[31m012345"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(
+    generate: Callable[..., Outcome], papers_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with FakeServer() as server:
+        done = generate(papers_file([bare(1)]), server.url)
+    assert (done.code, server.requests, done.output.parent.exists()) == (2, [], False)
+    assert done.error == "error: OPENAI_API_KEY holds characters that no HTTP header may; set it again, on one line"
+
+
 @pytest.mark.parametrize("torn", [b'{"key": 1, "id": "pa', b"\x00\x00\x00", b'{"key": 1}'])
 def test_a_torn_last_line_of_the_journal_costs_nothing_else(generate: Callable[..., Outcome], papers_file: Callable[..., Path], torn: bytes) -> None:
     source = papers_file([bare(i) for i in range(3)])
@@ -703,8 +829,16 @@ def test_bad_input_is_found_before_anything_is_sent(generate: Callable[..., Outc
         skipping = generate(papers_file([bare(1), bare(2), {"id": "x", "title": "no abstract"}]), server.url, skip_invalid=True)
         assert len(skipping.rows()) == 2
         same = generate(skipping.output, server.url, output="out.jsonl")
+        circle = skipping.output.with_name("circle.jsonl")
+        circle.symlink_to(circle)
+        os.mkfifo(pipe := skipping.output.with_name("pipe.jsonl"))
+        others = [generate(path, server.url) for path in (circle, pipe)]
     assert same.code == 2
     assert "is a folder or the input" in same.error
+    # Guards against: a traceback of pathlib, and a pipe that waits for ever, or is empty when it is read the second time.
+    assert [one.code for one in others] == [2, 2]
+    assert "cannot be read (Too many levels of symbolic links)" in others[0].error
+    assert "is a pipe or device, and papers are read three times" in others[1].error
 
 
 def test_openai_is_imported_only_when_it_is_needed() -> None:
