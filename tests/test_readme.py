@@ -14,7 +14,7 @@ from fake_llm_server import FakeServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
-ELSEWHERE = {"make quickstart", "make test", "make local-llm"}
+ELSEWHERE = {"make quickstart", "make test", "make local-llm", "make bench", "make torture"}
 # Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
 NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper", "--private")
 
