@@ -4,15 +4,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help quickstart test local-llm bench clean
+.PHONY: help quickstart test bench torture local-llm clean
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv: .venv/.installed  ## the virtual environment with everything installed
-.venv/.installed: requirements.txt requirements-dev.txt
+.venv/.installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 quickstart: .venv  ## install, train and evaluate on the sample papers (minutes on two CPU cores)
@@ -23,6 +23,9 @@ test: .venv  ## install, lint, types, the test suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
+
+torture: .venv  ## every kind of fault, again and again: writes docs/reliability.md (about half an hour)
+	$(BIN)/python docs/torture.py
 
 # The server's environment is its own: it needs web-server packages that the project does not.
 .venv-llm/.installed: requirements-llm.txt

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib.metadata
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +163,42 @@ def test_a_script_says_first_what_it_is_for(name: str) -> None:
     text = ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
     assert text
     assert len(text.partition("\n")[0]) > 30
+
+
+# What is installed
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of the lines "package==version" of a requirements file, extras left out."""
+    found = re.findall(r"^([\w.-]+)(?:\[[^]]*])?==(\S+)$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {canonical(package): version for package, version in found}
+
+
+def canonical(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def needed_by(package: str, seen: set[str]) -> None:
+    """Add an installed package and all it needs here to `seen`."""
+    if package not in seen:
+        seen.add(package)
+        for line in importlib.metadata.requires(package) or []:
+            name = re.match(r"[\w.-]+", line)
+            assert name
+            if "extra ==" not in line and "platform_system" not in line:
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                    importlib.metadata.version(name[0])
+                    needed_by(canonical(name[0]), seen)
+
+
+def test_every_package_that_is_installed_has_its_version_in_the_constraints() -> None:
+    """All but torch, which has several builds; direct pins and constraints agree; no addresses, paths or hashes."""
+    direct, known = pins("requirements.txt") | pins("requirements-dev.txt"), pins("constraints.txt")
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert len(lines) == len(known)
+    assert "torch" not in known
+    assert {name: known[name] for name in direct if name != "torch"} == {name: version for name, version in direct.items() if name != "torch"}
+    needed: set[str] = set()
+    for package in direct.keys() - {"torch"}:
+        needed_by(package, needed)
+    assert not {name for name in needed - set(known) - {"torch"} if not name.startswith(("nvidia", "triton", "cuda"))}
