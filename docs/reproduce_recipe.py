@@ -32,8 +32,8 @@ SHARED = {"loss": "infonce", "batch_size": 32, "checkpoint_every": 40, "log_ever
 # Recipe -> its differences from the quickstart's settings. Chosen on the validation papers: docs/experiments.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "a": {
-        **SHARED, "pooling": "cls", "metric": "euclidean", "temperature": 0.25, "learning_rate": 5e-5, "joined_share": 0.5, "max_steps": 160,
-        "validate_every": 80,
+        **SHARED, "pooling": "cls", "metric": "euclidean", "temperature": 0.2, "learning_rate": 1e-4, "decay": True, "joined_share": 0.5, "max_steps": 260,
+        "validate_every": 260, "start_share": 0.15,
     },
     "b": {
         **SHARED, "pooling": "mean", "metric": "cosine", "temperature": 0.05, "learning_rate": 2e-5, "decay": True, "joined_share": 0.25, "max_steps": 150,
