@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from files import RunError, UserError
-from settings import Device
 
 # Longest waits for a process that hangs, in minutes: within a step, and for the first one while it validates and benchmarks. One that ends is noticed at once.
 STEP_MINUTES, WAIT_MINUTES = 10.0, 24 * 60.0
@@ -58,16 +57,15 @@ class Group:
         """The values of all processes, by rank, or only the first one's, which may be long in coming."""
         found = [value] * (1 if first_only else self.size)
         with self._contact():
-            if self.size > 1 and first_only:
-                dist.broadcast_object_list(found, src=0, group=self.control)
-            elif self.size > 1:
-                dist.all_gather_object(found, value, group=self.control)
+            if self.size > 1:
+                dist.broadcast_object_list(found, 0, self.control) if first_only else dist.all_gather_object(found, value, self.control)
         return found
 
     def leave(self) -> None:
         """Part when all are here: what follows is the first process's alone."""
         if self.size > 1:
-            self.each(None)
+            with contextlib.suppress(RunError):  # one that is through may be gone before another has heard of it
+                self.each(None)
             dist.destroy_process_group()
 
     @contextlib.contextmanager
@@ -76,13 +74,13 @@ class Group:
             yield
         except RuntimeError as error:  # gloo's, NCCL's and the store's many kinds
             what = f"process {self.rank} of {self.size} lost contact with another ({str(error)[:150]})"
-            raise RunError(what, "see why that one ended, then continue with --resume and as many processes") from None
+            raise RunError(what, "see why that one ended, then --resume with as many processes") from None
 
 
 ALONE = Group()
 
 
-def join(device: Device) -> Group:
+def join(device: str) -> Group:
     """The processes that torchrun or accelerate started with this one; ALONE where WORLD_SIZE is unset or 1. UserError: not started so, or too few GPUs."""
     size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1)))
     if size == 1:
