@@ -28,7 +28,7 @@ from typing import Any, Literal, TextIO
 
 import files
 from files import RunError, UserError
-from load_data import Paper, SeenPapers, normalise, read_papers
+from load_data import LONGEST_ID, LONGEST_WORD, Paper, SeenPapers, normalise, read_papers
 
 log = logging.getLogger(__name__)
 
@@ -176,17 +176,18 @@ def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any
 
 
 def text_of(value: Any) -> str:
-    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is joined, half a surrogate pair becomes "?"."""
+    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is joined, half a surrogate pair is "?", endless words end."""
     if isinstance(value, list):
         return " ".join(map(text_of, value))
-    return "" if value is None else " ".join(str(value).encode(errors="replace").decode().split())
+    return "" if value is None else " ".join(word[:LONGEST_WORD] for word in str(value).encode(errors="replace").decode().split())
 
 
 def paper_of(row: dict[str, Any], command: Command, stream: str, fields: Mapping[str, str]) -> Paper:
-    """One object of a row -> Paper, with `stream` as its `source`; `fields` gives known fields of study by id. No id: a hash of title and abstract."""
+    """One object of a row -> Paper, with `stream` as its `source`; `fields`: known fields by id. No id, or an endless one: a hash of title and abstract."""
     texts: dict[str, Any] = {key: text_of(row.get(getattr(command, key))) for key in ("title", "abstract", "field", "query")}
     ids = (text_of(row.get(column)) for column in ID_COLUMNS.get(command.source or "", (command.id,)))
-    paper_id = next(filter(None, ids), "") or hashlib.blake2b(f"{texts['title']}\n{texts['abstract']}".encode(), digest_size=8).hexdigest()
+    paper_id = next((one for one in ids if 0 < len(one) <= LONGEST_ID), "")
+    paper_id = paper_id or hashlib.blake2b(f"{texts['title']}\n{texts['abstract']}".encode(), digest_size=8).hexdigest()
     summaries = row.get(command.summaries)
     summaries = tuple(filter(None, map(text_of, summaries if isinstance(summaries, list) else [summaries])))
     return Paper(id=paper_id, summaries=summaries, source=stream, **texts | ({"field": fields[paper_id]} if paper_id in fields else {}))

@@ -14,13 +14,14 @@ from typing import Any
 import faults
 import pytest
 from conftest import make_paper, run_script
-from hostile import NASTY, Place, jsonl, nasty_papers
+from hostile import BAD_LINES, NASTY, Place, jsonl, nasty_papers
 from test_report import Page
 
 import collect_papers
 import files
 import generate_search_queries
 import language_model
+from load_data import LONGEST_WORD, read_papers
 from semantic_benchmark import read_evaluation_papers
 from settings import Settings, complete
 from train_embedding_model import read_training_papers
@@ -93,3 +94,22 @@ def test_a_bomb_is_refused_with_little_memory(tmp_path: Path) -> None:
         large = run_script("-c", f"{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", path)
     assert "line is longer than 16 MiB" in large.stderr
     assert int(large.stdout) - int(small.stdout) < 100 * 1024
+
+
+def test_what_is_collected_from_strange_rows_is_a_papers_file(tmp_path: Path) -> None:
+    """Half surrogate pairs, endless words and ids, a key twice: other people's rows, which collect_papers.py takes as far as they go.
+
+    Guards against: papers that the papers reader then refuses, and a comparison of texts that takes minutes.
+    """
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    words = ("surrogate pair", "a key twice", "id of 1,001", "a word of", "a letter with")
+    lines = [line.replace(b"paper-7", f"strange-{i}".encode()) for i, (name, line, _, _) in enumerate(BAD_LINES) if any(word in name for word in words)]
+    lines = [line for line in lines if not line.count(b"\xed")]  # not UTF-8
+    source.write_bytes(jsonl(*nasty_papers()) + b"\n".join(lines) + b"\n")
+    collect_papers.collect(collect_papers.Command(output=str(output), input=str(source), min_words=1))
+    found = {paper.title: paper for paper in read_papers(output, ("title", "abstract"))}
+    assert len(found) >= len(NASTY)
+    assert all(" ".join(row["title"].split()) in found for row in nasty_papers())
+    longest = {paper.id: max(map(len, f"{paper.title} {paper.abstract}".split())) for paper in found.values()}
+    assert max(longest.values()) == LONGEST_WORD
+    assert max(map(len, longest)) <= 1_000
