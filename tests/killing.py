@@ -37,7 +37,7 @@ WORDS = (
     "--patience 100 --checkpoint-every 10 --log-every 1 --learning-rate 3e-3 --validation-share 0.25"
 ).split()
 MEASURED = {"pairs_per_second", "tokens_per_second", "peak_memory_mib", "seconds", "versions"}  # differ from run to run
-LIMIT = 180  # seconds that any process may take
+LIMIT = 600  # seconds that any process may take; two hundred are not enough where ten others share a core
 Outcome = dict[str, Any]
 
 
@@ -133,6 +133,8 @@ def finish(run: Run, world: Path, processes: int = 1) -> tuple[str, str]:
     """Continue a run to its end: (what went wrong or "", where it went on)."""
     again = Run(world, run.out.name, processes=processes)
     codes = [again.end(rank) for rank in range(processes)]
+    if codes == [-9] * processes:
+        return f"resumed run: did not end in {LIMIT} s", ""
     if codes != [0] * processes:
         return f"resumed run: exit {codes}: {' '.join(again.said().splitlines()[-1:])[:200]}", ""
     resumed = re.findall(r"resumed from step \d+", again.said())
