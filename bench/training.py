@@ -146,5 +146,5 @@ def run(quick: bool) -> list[dict[str, Any]]:
             "train_deberta_vs_disentangled_flash": (True, flash, 1.2),
             "train_deberta_vs_st": (False, None, 3.0),
         }
-        found += measure("DeBERTa-v3-base's shape", folder, 16, 1 if quick else 3, 1 if quick else 2, peers)
+        found += measure("DeBERTa-v3-base's shape", folder, 32, 1 if quick else 3, 1 if quick else 2, peers)
     return found
