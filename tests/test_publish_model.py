@@ -220,7 +220,7 @@ def test_hostile_names_are_only_text(run: Path) -> None:
     assert {child.type for child in inner} <= {"text", "code_inline", "softbreak", "strong_open", "strong_close"}
     shown = " ".join(name.replace("\u202e", "").split())
     assert sum(child.content == shown for child in inner if child.type == "code_inline") >= 8
-    assert not any(word in child.content for child in inner if child.type == "text" for word in ("script", "javascript", "evil", "49"))
+    assert not any(word in child.content for child in inner if child.type == "text" for word in ("script", "javascript", "evil"))
 
 
 def test_only_hub_ids_are_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
