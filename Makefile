@@ -54,7 +54,7 @@ local-llm: runs/smollm2/tokenizer.json  ## install a small language model and se
 	.venv-openvino/bin/pip install --quiet --disable-pip-version-check -r bench/requirements-openvino.txt
 	@touch $@
 
-bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (25 minutes; QUICK=1: 8)
+bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (QUICK=1: small samples, some 6 minutes)
 	.venv-bench/bin/python bench/run.py $(if $(QUICK),--quick)
 
 clean:  ## remove the environments and all runs

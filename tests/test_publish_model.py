@@ -196,7 +196,7 @@ def test_what_the_training_file_tells_is_told_unless_it_was_changed_since(run: P
     assert "scirepeval" not in text
 
 
-HOSTILE = "<script>alert(1)<b> `x` ``y [a](javascript:1) ![i](u) **b** {{ 7*7 }} | --- \nlicense: evil\n---\n\u202e<b>"
+HOSTILE = "<script>alert(1)<b> `x` ``y [a](javascript:1) ![i](u) **b** {{ 1234567*7 }} | --- \nlicense: evil\n---\n\u202e<b>"
 
 
 def test_hostile_names_are_only_text(run: Path) -> None:
@@ -220,7 +220,7 @@ def test_hostile_names_are_only_text(run: Path) -> None:
     assert {child.type for child in inner} <= {"text", "code_inline", "softbreak", "strong_open", "strong_close"}
     shown = " ".join(name.replace("\u202e", "").split())
     assert sum(child.content == shown for child in inner if child.type == "code_inline") >= 8
-    assert not any(word in child.content for child in inner if child.type == "text" for word in ("script", "javascript", "evil"))
+    assert not any(word in child.content for child in inner if child.type == "text" for word in ("script", "javascript", "evil", "8641969"))
 
 
 def test_only_hub_ids_are_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
