@@ -20,7 +20,7 @@ from settings import Loss, Metric
 
 # Numbers gathered at once by `_Scorer.exact`: 32 MiB of float64.
 CHUNK = 2**22
-# Queries and candidates scored at once by `ranks` and `nearest`: 4 MiB of float32 that stay in the cache while they are looked through.
+# Queries and candidates scored at once by `ranks` and `nearest`: 2 MiB of bf16 or 4 of float32 that stay in the cache while they are looked through.
 BLOCK_ROWS, BLOCK_COLUMNS = 256, 4096
 # All pairs of a block of queries, which may all be in doubt where vectors have collapsed: some 20 bytes each.
 MOST_PAIRS = 2**25
@@ -118,9 +118,8 @@ def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor
     for rows in scorer.row_blocks():
         own, result = positives[rows], found[rows]
         mine = scorer.exact(rows.start, len(own), torch.arange(len(own)), own)
-        threshold = scorer.pair_scores(rows, torch.arange(len(own)), own)[:, None]
         for columns in scorer.column_blocks():
-            closer, row, column = _near_positive(scorer, rows, columns, own, threshold)
+            closer, row, column = _near_positive(scorer, rows, columns, own, mine)
             other = scorer.exact(rows.start, len(own), row, column)
             tolerance = scorer.tolerance(other, mine[row])
             weight = (other < mine[row] - tolerance).double() + ((other - mine[row]).abs() <= tolerance).double() / 2
@@ -129,21 +128,22 @@ def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor
     return found
 
 
-def _near_positive(scorer: _Scorer, rows: slice, columns: slice, own: Tensor, threshold: Tensor) -> tuple[Any, Tensor, Tensor]:
+def _near_positive(scorer: _Scorer, rows: slice, columns: slice, own: Tensor, mine: Tensor) -> tuple[Any, Tensor, Tensor]:
     """How many of some columns are closer to each row than its positive or in doubt, and (row, column) of those in doubt."""
-    score, doubt = scorer.scores(rows, columns)
-    low, high = (threshold - doubt).numpy(), (threshold + doubt).numpy()
-    near = score >= low
+    low, high = scorer.bounds(rows, scorer.as_score(rows, mine))
+    signed = bool((low <= 0).any())
+    keys = _ordered(scorer.scores(rows, columns), signed)
+    near = keys >= _ordered(low, signed)
     near[_own(own, columns)] = False
-    count = np.add.reduce(near.view(np.uint8), axis=1, dtype=np.int64)
+    count = np.add.reduce(near.view(np.uint8), axis=0, dtype=np.uint16).astype(np.int64)
     if count.sum() * 16 < near.size:  # the usual case: a look at the few is cheaper than another comparison of all
-        row, column = np.divmod(np.flatnonzero(near), near.shape[1])
-        in_doubt = score[row, column] <= high[row, 0]
+        column, row = np.divmod(np.flatnonzero(near), near.shape[1])
+        in_doubt = keys[column, row] <= _ordered(high, signed)[row]
         row, column = row[in_doubt], column[in_doubt]
     else:
-        row, column = np.nonzero(near & (score <= high))
+        column, row = np.nonzero(near & (keys <= _ordered(high, signed)))
     if scorer.too_many(len(row), near.size):
-        return _near_positive(scorer, rows, columns, own, threshold)
+        return _near_positive(scorer, rows, columns, own, mine)
     return count, torch.from_numpy(row), torch.from_numpy(column + columns.start)
 
 
@@ -176,31 +176,45 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, metric: Metric, exclude
 def _near_best(scorer: _Scorer, rows: slice, k: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
     """(row, column) of everything that may be among the k nearest of each row."""
     n = rows.stop - rows.start
-    kth = torch.full((n, 1), -torch.inf)  # a score that k candidates are known to reach
+    kth = torch.full((n,), -torch.inf, dtype=torch.float64)  # a score that k candidates are known to reach
     row, column, value = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
     for columns in scorer.column_blocks():
-        score, doubt = scorer.scores(rows, columns)
-        barred = _own(excluded, columns)
-        score[barred] = -np.inf
-        if score.shape[1] > k and not torch.isfinite(kth).all():
-            kth = torch.from_numpy(score).topk(k, dim=1).values[:, -1:] - doubt
-        near = score >= (kth - doubt).numpy()
+        score, barred = scorer.scores(rows, columns), _own(excluded, columns)
+        score[barred] = -torch.inf
+        if len(score) > k and not torch.isfinite(kth).all():
+            kth = scorer.surely(rows, score.float().T.topk(k, dim=1).values[:, -1])
+        low = scorer.bounds(rows, kth)[0]
+        signed = bool((low <= 0).any())
+        near = _ordered(score, signed) >= _ordered(low, signed)
         near[barred] = False
-        more_row, more_column = np.divmod(np.flatnonzero(near), near.shape[1])
+        more_column, more_row = map(torch.from_numpy, np.divmod(np.flatnonzero(near), n))
         if scorer.too_many((len(more_row) - n * k) // 8, near.size):  # most are dropped again without a look in float64
             return _near_best(scorer, rows, k, excluded)
-        row, column = torch.cat([row, torch.from_numpy(more_row)]), torch.cat([column, torch.from_numpy(more_column + columns.start)])
-        value = torch.cat([value, torch.from_numpy(score[more_row, more_column])])
-        if len(row) > 8 * n * k and bool((torch.bincount(row, minlength=n) >= k).all()):
-            kth = torch.maximum(kth, value[_best(value, row, column, n, k)][:, -1:] - doubt)
-            keep = value >= (kth - doubt)[row, 0]
+        row, column = torch.cat([row, more_row]), torch.cat([column, more_column + columns.start])
+        value = torch.cat([value, score[more_column, more_row].float()])
+        last = columns.stop == len(scorer.vectors[1])
+        if (last or len(row) > 8 * n * k) and bool((torch.bincount(row, minlength=n) >= k).all()):
+            kth = torch.maximum(kth, scorer.surely(rows, _kth_best(value, row, n, k)))
+            keep = value >= scorer.bounds(rows, kth)[0].float()[row]
             row, column, value = row[keep], column[keep], value[keep]
-    if scorer.in_bf16:  # float32 leaves some ten of a hundred for float64
-        value, doubt = scorer.pair_scores(rows, row, column), scorer.doubts[rows]
-        kth = value[_best(value, row, column, n, k)][:, -1:]
-        keep = value >= (kth - 2 * doubt)[row, 0]
-        row, column = row[keep], column[keep]
     return row, column
+
+
+def _kth_best(value: Tensor, row: Tensor, rows: int, k: int) -> Tensor:
+    """(rows,) float64: each row's k-th largest value or, by rounding, a little less; each row has k or more."""
+    span = 4 * float(value.abs().max())
+    ordered = np.sort((row * span - value.double()).numpy())
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.cumsum(counts, 0) - counts + k - 1
+    return torch.arange(rows) * span - torch.from_numpy(ordered[place.numpy()]) - 1e-15 * rows * span
+
+
+def _ordered(scores: Tensor, signed: bool) -> Any:
+    """Numpy numbers in the order of some scores: these themselves, or the bits of bf16 as integers. Not `signed`: only numbers above 0 need be in order."""
+    if scores.dtype != torch.bfloat16:
+        return scores.numpy()
+    bits = scores.view(torch.int16).numpy()
+    return bits ^ ((bits >> 15) & 0x7FFF) if signed else bits
 
 
 def _own(columns: Tensor | None, block: slice) -> tuple[Any, Any]:
@@ -208,7 +222,7 @@ def _own(columns: Tensor | None, block: slice) -> tuple[Any, Any]:
     if columns is None:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     row = torch.nonzero((columns >= block.start) & (columns < block.stop))[:, 0]
-    return row.numpy(), (columns[row] - block.start).numpy()
+    return (columns[row] - block.start).numpy(), row.numpy()
 
 
 def nearest_streamed(queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -277,10 +291,11 @@ class _Scorer:
     """Scores (higher is closer) of queries against candidates by matrix product, with a bound on their rounding, and exact float64 values on demand.
 
     Both metrics are one: the cosine distance is half the squared distance of the unit vectors. Vectors are centred first (no distance changes) and brought to a
-    size of about 1, so that neither a common offset nor their unit costs accuracy. The score q.c - |c|^2 / 2 orders candidates as the distance does.
+    size of about 1, so that neither a common offset nor their unit costs accuracy. The score q.c - h, h = |c|^2 / 2 less its mean, orders candidates as the
+    distance does; it is one product of (q, 1, 1) and (c, -h, -what rounding took from h).
 
-    On CPUs that multiply bf16 in hardware the products are taken in bf16 first (three times faster), with the wider bound that this needs, until so many
-    candidates fall inside it that float32 is faster.
+    On CPUs that multiply bf16 in hardware the products are taken in bf16 first (several times faster), with the wider bound that this needs, until so many
+    candidates fall inside it that float32 is faster. Rounding never reverses an order, so a bound on the unrounded score is rounded like a score.
     """
 
     def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
@@ -288,36 +303,50 @@ class _Scorer:
         if not all(torch.isfinite(pair).all() for pair in extremes):
             raise ValueError("vectors hold NaN or infinity: they have no ranks")
         self.unit = metric == "cosine"
-        self.vectors = queries, candidates
+        self.vectors, self.norms = (queries, candidates), (_norms(queries), _norms(candidates))
         size = 1.0 if self.unit else max((float(pair.abs().max()) for pair in extremes), default=0.0) or 1.0
-        total = torch.zeros(candidates.shape[1], dtype=torch.float64)
-        for start in range(0, len(candidates), BLOCK_ROWS):  # in pieces that stay in the cache: float64 of all would be twice the vectors' size
-            total += self._precise(1, slice(start, start + BLOCK_ROWS)).sum(dim=0)
-        self.centre, self.scale = total / max(1, len(candidates)), 1 / size
-        self.queries, self.candidates = (self._centred(which) for which in (0, 1))
-        lengths = [torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64) for vectors in (self.queries, self.candidates)]
-        self.half_squares = (lengths[1].square() / 2).float()
-        longest = lengths[1].max() if len(candidates) else torch.zeros(())
-        # rounding of the difference of two scores: (d + 4) eps |q| |c| for each product, as much for each |c|^2 / 2; a unit vector is good to some 1e-16
-        eps = torch.finfo(torch.float32).eps * (queries.shape[1] + 4)
-        slack = 4e-15 if self.unit else 0.0
-        self.doubts = ((lengths[0] + longest) * (2 * eps * longest + slack)).float()[:, None]
-        # a number is good to 2^-8 of itself in bf16, a product of two to 2^-7 + 2^-16
-        self.bf16_doubts = self.doubts + (lengths[0] * longest * (2**-7 + 2**-15)).float()[:, None]
+        sample = self._precise(1, slice(None, None, -(-len(candidates) // BLOCK_ROWS) or None))
+        self.centre, self.scale = sample.sum(dim=0) / max(1, len(sample)), 1 / size  # roughly: any centre serves that takes a common offset away
         capabilities = torch.cpu.get_capabilities()
-        self.in_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+        self._prepare(torch.bfloat16 if capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False) else torch.float32)
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Bring both sides into the form and precision that they are multiplied in."""
+        pairs = min(BLOCK_ROWS * BLOCK_COLUMNS, MOST_PAIRS, len(self.vectors[0]) * len(self.vectors[1]))
+        self.dtype, self.buffer = dtype, torch.empty(pairs, dtype=dtype)
+        (self.queries, lengths, lost), (self.candidates, others, others_lost) = self._rounded(0), self._rounded(1)
+        self.half_squares, halves = lengths.square() / 2, others.square() / 2
+        self.shift = halves.mean() if len(halves) else torch.zeros((), dtype=torch.float64)
+        self.queries[:, -2:] = 1
+        rest = self.shift - halves
+        for column in (-2, -1):
+            self.candidates[:, column] = rest
+            rest = rest - self.candidates[:, column].double()
+        longest, most_lost, rest = (x.max() if len(x) else torch.zeros(()) for x in (others, others_lost, rest.abs()))
+        # what rounding the factors changes (Cauchy and Schwarz), float32 sums of d products and of h, float64 rounding of unit vectors and lengths
+        sums = torch.finfo(torch.float32).eps * (self.queries.shape[1] + 8) * longest * (lengths + longest)
+        self.doubts = lost * (longest + most_lost) + lengths * most_lost + rest + sums + 1e-12 * (lengths + longest) ** 2 + 4e-15 * (lengths + longest) + 1e-35
+
+    def _rounded(self, which: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Some queries (0) or candidates (1) without the centre, in the products' precision, in pieces that stay in the cache.
+
+        Returns (n, d + 2 or more, the rest 0) vectors, (n,) float64 lengths before rounding and (n,) lengths of what rounding took away.
+        """
+        count, d = self.vectors[which].shape
+        rounded = torch.zeros(count, -(-(d + 2) // 32) * 32, dtype=self.dtype)  # whole cache lines
+        lengths, lost = torch.empty(2, count, dtype=torch.float64)
+        for start in range(0, count, BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            piece = self._precise(which, rows).sub_(self.centre).mul_(self.scale)
+            lengths[rows] = torch.linalg.vector_norm(piece, dim=1)
+            rounded[rows, :d] = piece
+            lost[rows] = torch.linalg.vector_norm(piece.sub_(rounded[rows, :d]), dim=1)
+        return rounded, lengths, lost
 
     def _precise(self, which: int, rows: slice | Tensor) -> Tensor:
         """Some queries (0) or candidates (1) in float64, unit vectors for the cosine."""
-        vectors = self.vectors[which][rows].double()
-        return functional.normalize(vectors, dim=-1) if self.unit else vectors
-
-    def _centred(self, which: int) -> Tensor:
-        centred = torch.empty_like(self.vectors[which])
-        for start in range(0, len(centred), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            centred[rows] = (self._precise(which, rows) - self.centre) * self.scale
-        return centred
+        vectors = self.vectors[which][rows].to(torch.float64, copy=True)
+        return vectors.div_(self.norms[which][rows, None]) if self.unit else vectors
 
     def row_blocks(self) -> Iterator[slice]:
         """Cuts of the queries."""
@@ -328,25 +357,31 @@ class _Scorer:
         """Cuts of the candidates."""
         return (slice(start, min(start + BLOCK_COLUMNS, len(self.candidates))) for start in range(0, len(self.candidates), BLOCK_COLUMNS))
 
-    def scores(self, rows: slice, columns: slice) -> tuple[Any, Tensor]:
-        """(rows, columns) numpy scores of some queries against some candidates, and a (rows, 1) bound on the rounding of a difference of two of a row's."""
-        with _products_in("bf16" if self.in_bf16 else "ieee"):
-            score = torch.addmm(-self.half_squares[columns], self.queries[rows], self.candidates[columns].T)
-        return score.numpy(), (self.bf16_doubts if self.in_bf16 else self.doubts)[rows]
+    def scores(self, rows: slice, columns: slice) -> Tensor:
+        """(columns, rows) scores of some candidates for some queries, rounded; overwritten by the next call."""
+        shape = columns.stop - columns.start, rows.stop - rows.start
+        with _plain_products():
+            return torch.mm(self.candidates[columns], self.queries[rows].T, out=self.buffer[: shape[0] * shape[1]].view(shape))
+
+    def bounds(self, rows: slice, score: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows,) least and greatest rounded score that something of a query's true float64 score may get."""
+        low, high = (score - self.doubts[rows]).to(self.dtype), (score + self.doubts[rows]).to(self.dtype)
+        return low.masked_fill_(low == 0, -0.0), high.masked_fill_(high == 0, 0.0)  # the two zeros' bits differ
+
+    def surely(self, rows: slice, score: Tensor) -> Tensor:
+        """(rows,) float64 that a true score is not below if it became this one."""
+        return score.double() - score.double().abs() * torch.finfo(self.dtype).eps - self.doubts[rows]
+
+    def as_score(self, rows: slice, exact: Tensor) -> Tensor:
+        """The true score of something that is so far, as `exact` says, from each query."""
+        return self.half_squares[rows] + self.shift - exact * self.scale**2 / (1 if self.unit else 2)
 
     def too_many(self, in_doubt: int, scored: int) -> bool:
         """Whether to score again in float32, and from now on, because bf16 left too much in doubt."""
-        if not self.in_bf16 or in_doubt * FEW <= scored:
+        if self.dtype == torch.float32 or in_doubt * FEW <= scored:
             return False
-        self.in_bf16 = False
+        self._prepare(torch.float32)
         return True
-
-    def pair_scores(self, rows: slice, row: Tensor, column: Tensor) -> Tensor:
-        """(len(row),) scores of query rows.start + row[j] and candidate column[j], each good to float32."""
-        pieces = zip(torch.split(row + rows.start, BLOCK_COLUMNS), torch.split(column, BLOCK_COLUMNS), strict=True)
-        products = [(self.queries[r] * self.candidates[c]).sum(dim=1) for r, c in pieces]
-        scores: Tensor = torch.cat(products) - self.half_squares[column]
-        return scores
 
     def exact(self, start: int, rows: int, row: Tensor, column: Tensor) -> Tensor:
         """(len(row),) float64: squared Euclidean distance or 1 - cosine of query start + row[j] and candidate column[j], 0 <= row < rows."""
@@ -370,11 +405,17 @@ class _Scorer:
         return exact if self.unit else exact.sqrt()
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    """(n,) float64 lengths, at least 1e-12 to divide by, in pieces that stay in the cache."""
+    pieces = [torch.linalg.vector_norm(piece.double(), dim=1) for piece in torch.split(vectors, BLOCK_ROWS)]
+    return torch.cat(pieces).clamp_min_(1e-12)
+
+
 @contextlib.contextmanager
-def _products_in(precision: str) -> Iterator[None]:
-    """Float32 matrix products on the CPU by "bf16" (inputs rounded, sums and result in float32; only where the hardware has it) or by "ieee" float32."""
+def _plain_products() -> Iterator[None]:
+    """Float32 matrix products on the CPU in float32, whatever the caller has allowed."""
     mkldnn: Any = torch.backends.mkldnn  # untyped
-    before, mkldnn.matmul.fp32_precision = mkldnn.matmul.fp32_precision, precision
+    before, mkldnn.matmul.fp32_precision = mkldnn.matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
