@@ -25,6 +25,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 # A text joins a group if it has at least this share of the tokens of the group's longest: about 5% of the tokens are padding.
 ALIKE = 0.88
+# Long batches are filled up to a multiple of so many tokens: oneDNN keeps code for every shape that it has met, and the heap goes to pieces between such.
+STEP = 64
 BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
 
@@ -43,7 +45,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch as one long array of tokens, group after group."""
+    """A batch as one long array of tokens, group after group, then tokens of no text."""
 
     ids: Tensor  # (tokens,)
     positions: Tensor  # (tokens,) 0, 1, ... in each text
@@ -52,7 +54,8 @@ class Packed:
 
     def split(self, array: Tensor) -> tuple[Tensor, ...]:
         """(tokens, d) -> a (texts, length, d) view for each group."""
-        parts = torch.split(array, [group.tokens for group in self.groups])
+        sizes = [group.tokens for group in self.groups]
+        parts = torch.split(array[: sum(sizes)], sizes)
         return tuple(part.view(*group.mask.shape, -1) for part, group in zip(parts, self.groups, strict=True))
 
 
@@ -82,6 +85,8 @@ def pack(ids: Sequence[Sequence[int]], fill: int, device: torch.device) -> Packe
         mask = torch.arange(length) < torch.tensor([len(ids[i]) for i in members])[:, None]
         groups.append(Group(mask.to(device), len(ids[members[-1]]) == length))
         at += len(members)
+    rest = -len(flat) % STEP if len(flat) > 16 * STEP else 0
+    flat, places = flat + [fill] * rest, places + [0] * rest
     return Packed(torch.tensor(flat, device=device), torch.tensor(places, device=device), groups, torch.tensor(order, device=device).argsort())
 
 
@@ -116,9 +121,10 @@ def _heads(projected: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _joined(contexts: list[Tensor]) -> Tensor:
-    """Each group's (texts, heads, length, head size) -> (tokens, d)."""
-    return torch.cat([context.transpose(1, 2).flatten(2).flatten(0, 1) for context in contexts])
+def _joined(contexts: list[Tensor], total: int) -> Tensor:
+    """Each group's (texts, heads, length, head size) -> (total tokens, d)."""
+    rows = [context.transpose(1, 2).flatten(2).flatten(0, 1) for context in contexts]
+    return torch.cat([*rows, rows[0].new_zeros(total - sum(map(len, rows)), rows[0].shape[1])])
 
 
 def _bert_attention(own: Any, hidden: Tensor, batch: Packed) -> Tensor:
@@ -132,7 +138,7 @@ def _bert_attention(own: Any, hidden: Tensor, batch: Packed) -> Tensor:
         else:
             mask = None if group.full else group.mask[:, None, None]
             contexts.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=own.scaling))
-    return _joined(contexts)
+    return _joined(contexts, len(hidden))
 
 
 def _attend(scores: Tensor, v: Tensor, group: Group, share: float) -> Tensor:
@@ -161,7 +167,7 @@ def _deberta_attention(own: Any, hidden: Tensor, batch: Packed, table: Tensor | 
         if queries is not None:
             scores = scores + _by_position(k @ (queries[..., live] * scale)).transpose(-1, -2)
         contexts.append(_attend(scores, v, group, own.dropout.p if own.training else 0.0))
-    return _joined(contexts)
+    return _joined(contexts, len(hidden))
 
 
 def _position_heads(linear: Any, rows: Tensor, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[l
 
 
 def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group = ALONE) -> Progress:
-    """Train `encoder` in place; afterwards it holds the weights of the best validation
-    (averaged with the starting ones, if `start_share` says so).
+    """Train `encoder` in place; afterwards it holds the weights of the best validation (averaged with the starting ones, if `start_share` says so).
 
     Args:
         encoder: the model to train, used as its `usage` says.
@@ -130,7 +129,7 @@ class _Trainer:
         bar = tqdm(total=settings.max_steps, initial=self.progress.step, desc="training", unit="step", disable=self.group.rank > 0)
         with logging_redirect_tqdm(), bar:
             while self._goes_on(stop):
-                with files.memory_named("--batch-size or --train-max-length"):
+                with files.memory_named("--texts-at-once (0 is all), --batch-size or --train-max-length"):
                     values, row = self._step(meter)
                 bar.update()
                 bar.set_postfix(loss=f"{self.progress.loss_ema:.4f}", rank=f"{self.progress.best_rank:.3f}", refresh=False)
@@ -158,11 +157,7 @@ class _Trainer:
         pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size, settings.joined_share)
         ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length)
         self.encoder.model.train()
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
-            vectors = self.encoder.forward(self.group.own(ids))
-        vectors = self.group.gather(vectors.float(), len(ids))
-        values = self._loss(vectors[: len(pairs)], vectors[len(pairs) :])
-        values.loss.backward()  # type: ignore[no-untyped-call]
+        values, vectors = self._backward(self.group.own(ids), len(ids))
         self.group.sum_gradients(self.named.values())
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.clip_norm or math.inf).item()
         loss = values.loss.item()
@@ -179,6 +174,32 @@ class _Trainer:
         progress.loss_ema = loss if progress.loss_ema is None else EMA * progress.loss_ema + (1 - EMA) * loss
         meter.count(len(pairs), sum(map(len, ids)))
         return values, {"grad_norm": norm, "spread": spread(vectors)}
+
+    def _backward(self, ids: Sequence[list[int]], total: int) -> tuple[LossValues, Tensor]:
+        """The loss over all `total` texts of the batch, of which this process embeds `ids`, its gradients in the parameters, and all vectors.
+
+        With `texts_at_once` by gradient caching (Gao et al. 2021): vectors without activations, the loss's gradient by vector, and part by part the vectors
+        again, now with activations, to carry that gradient on to the parameters. The second pass takes the parts in the same order from the same random state,
+        so that each text meets the same dropout. Parts are of like length, which packs best.
+        """
+        order, most = sorted(range(len(ids)), key=lambda i: -len(ids[i])), self.settings.texts_at_once or len(ids)
+        parts = [order[at : at + most] for at in range(0, len(order), most)]
+        state = random_state(self.encoder.device)
+        with torch.set_grad_enabled(len(parts) == 1):
+            own = torch.cat([self._embed(ids, part) for part in parts])[torch.tensor(order, device=self.encoder.device).argsort()]
+        vectors = self.group.gather(own if len(parts) == 1 else own.requires_grad_(), total)
+        values = self._loss(vectors[: total // 2], vectors[total // 2 :])
+        values.loss.backward()  # type: ignore[no-untyped-call]
+        if len(parts) > 1:
+            assert own.grad is not None
+            set_random_state(self.encoder.device, state)
+            for part in parts:
+                self._embed(ids, part).backward(own.grad[part])  # type: ignore[no-untyped-call]
+        return values, vectors
+
+    def _embed(self, ids: Sequence[list[int]], part: list[int]) -> Tensor:
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.encoder.forward([ids[i] for i in part]).float()
 
     def _loss(self, anchors: Tensor, positives: Tensor) -> LossValues:
         s = self.settings
@@ -225,15 +246,13 @@ class _Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the whole state: weights, optimizer, random state of each process, best weights so far, progress."""
-        cuda = self.encoder.device.type == "cuda"
-        states = self.group.each((torch.get_rng_state(), torch.cuda.get_rng_state(self.encoder.device) if cuda else None))
+        states = self.group.each(random_state(self.encoder.device))
         if self.group.rank:
             return
         tensors = {f"model/{name}": value for name, value in self.named.items()} | {f"best/{name}": value for name, value in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items()}
-        for rank, pair in enumerate(states):
-            tensors |= {f"random/{kind}/{rank}": state for kind, state in zip(("cpu", "cuda"), pair, strict=True) if state is not None}
+        tensors |= {f"random/{kind}/{rank}": state for rank, pair in enumerate(states) for kind, state in pair.items()}
         self.metrics.sync()  # a checkpoint's rows are on the disk before it
         checkpoints.write(self.checkpoints, self.progress.step, tensors, dataclasses.asdict(self.progress), self.settings.keep_checkpoints)
 
@@ -262,9 +281,8 @@ class _Trainer:
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self._load_weights({name: tensors[f"model/{name}"] for name in self.named})
         self.best = {name: tensors[f"best/{name}"] for name in self.named}
-        torch.set_rng_state(tensors[f"random/cpu/{self.group.rank}"])
-        if self.encoder.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"random/cuda/{self.group.rank}"], self.encoder.device)
+        kinds = random_state(self.encoder.device)
+        set_random_state(self.encoder.device, {kind: tensors[f"random/{kind}/{self.group.rank}"] for kind in kinds})
         self.progress = Progress(**state)
 
     def use_best(self) -> None:
@@ -304,6 +322,18 @@ class _Meter:
         row = {"pairs_per_second": round(self.pairs / seconds, 2), "tokens_per_second": round(self.tokens / seconds, 1), "peak_memory_mib": peak_memory_mib()}
         self._reset()
         return row
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's random state on the CPU, and on `device` if it is a GPU."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def peak_memory_mib() -> float:

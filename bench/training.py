@@ -41,9 +41,9 @@ class _Ends(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def ours(folder: str | Path, papers: list[Paper], batch: int, scratch: Path) -> tuple[Callable[[int], list[float]], int]:
+def ours(folder: str | Path, papers: list[Paper], batch: int, scratch: Path, texts_at_once: int = 0) -> tuple[Callable[[int], list[float]], int]:
     """A function that takes so many steps and returns their seconds; operations of one real token's step."""
-    settings = complete(Settings(metric="cosine", loss="infonce", pooling="mean", batch_size=batch, precision="auto"))
+    settings = complete(Settings(metric="cosine", loss="infonce", pooling="mean", batch_size=batch, precision="auto", texts_at_once=texts_at_once))
     trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, ALONE)
 
     def steps(count: int) -> list[float]:
@@ -103,10 +103,28 @@ def plain_forward(encoder: Any, ids: list[list[int]]) -> Any:
     return encoder._pool(encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask)
 
 
+def random_papers(count: int) -> list[Paper]:
+    """Papers of two summaries each."""
+    summaries = texts(2 * count, SHORTEST, LONGEST)
+    return [Paper(str(i), summaries=tuple(summaries[2 * i : 2 * i + 2])) for i in range(count)]
+
+
+def cached(folder: str | Path, batch: int, texts_at_once: int, steps: int, rounds: int) -> dict[str, Any]:
+    """The row of gradient caching beside one pass, both ours, each on its own copy of the model."""
+    papers = random_papers(8 * batch)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {most: ours(folder, papers, batch, Path(scratch), most)[0] for most in (texts_at_once, 0)}
+        best = dict.fromkeys(runs, float("inf"))
+        for _ in range(rounds):
+            for most, run_steps in runs.items():
+                best[most] = min(best[most], *run_steps(steps + 1)[1:])
+    unit = f"seconds a step of {batch} pairs, MiniLM, activations of {texts_at_once} texts at once"
+    return row("train_cached_vs_one_pass", "one pass", "this commit", best[texts_at_once], best[0], 0.71, batch=batch, unit=unit)
+
+
 def measure(name: str, folder: str | Path, batch: int, steps: int, rounds: int, peers: dict[str, tuple[bool, Any, float]]) -> list[dict[str, Any]]:
     """Rows of one model. peers: operation -> (bf16, change, goal)."""
-    summaries = texts(2 * 8 * batch, SHORTEST, LONGEST)
-    papers = [Paper(str(i), summaries=tuple(summaries[2 * i : 2 * i + 2])) for i in range(8 * batch)]
+    papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
         mine, operations = ours(folder, papers, batch, Path(scratch))
         runs = {operation: theirs(folder, papers, batch, bf16, Path(scratch), change) for operation, (bf16, change, _) in peers.items()}
@@ -139,6 +157,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
         "MiniLM", str(find_model(MINILM)), 32, 2 if quick else 6, 2 if quick else 3,
         {"train_minilm_vs_st_bf16": (True, None, 1.3), "train_minilm_vs_st": (False, None, 2.0)},
     )  # fmt: skip
+    found.append(cached(str(find_model(MINILM)), 64, 32, 1 if quick else 3, 2 if quick else 3))
     with tempfile.TemporaryDirectory() as scratch:
         folder = deberta_folder(Path(scratch))
         peers = {

@@ -38,8 +38,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         transformers.DebertaV2Config(**DEBERTA | {"position_buckets": -1, "norm_rel_ebd": "none", "position_biased_input": True, "type_vocab_size": 2})
     ),
 }
-# Beside one another, one alone, all alike, and beyond the 16 distances that have a row of their own among 32 buckets.
-LENGTHS = ([3, 40, 39, 12, 60, 5, 41], [9], [8, 8, 8], [290, 130, 17, 262])
+# Beside one another, one alone, all alike, and beyond the 16 distances that have a row of their own among 32 buckets, with tokens of no text at the end.
+LENGTHS = ([3, 40, 39, 12, 60, 5, 41], [9], [8, 8, 8], [290, 130, 17, 262, 285, 100])
 
 
 def texts(lengths: Sequence[int]) -> list[list[int]]:
@@ -108,6 +108,8 @@ def test_packing_keeps_every_token_once_and_pads_little(lengths: list[int]) -> N
         assert masks[at] == [k < len(text) for k in range(len(masks[at]))]
         assert places[at] == list(range(len(masks[at])))
         assert len(text) >= packed.ALIKE * len(masks[at])
+    held = sum(group.tokens for group in batch.groups)
+    assert len(batch.ids) == len(batch.positions) == (-(-held // packed.STEP) * packed.STEP if held > 16 * packed.STEP else held)
     assert [group.full for group in batch.groups] == [bool(group.mask.all()) for group in batch.groups]
 
 

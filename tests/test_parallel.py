@@ -89,17 +89,18 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     "size, changes",
     [
         (2, {"batch_size": 6}),
-        (3, {"batch_size": 5, "loss": "infonce", "metric": "cosine", "clip_norm": 0.01}),  # ten texts: shares of four, three and three
+        (3, {"batch_size": 5, "loss": "infonce", "metric": "cosine", "clip_norm": 0.01, "texts_at_once": 3}),  # ten texts: shares of four, three and three
         (5, {"batch_size": 2, "pooling": "mean"}),  # four texts: nothing is left for the fifth
     ],
 )
 def test_several_processes_equal_one(lively_bert: Path, tmp_path: Path, gradients: list[list[Tensor]], size: int, changes: dict[str, Any]) -> None:
     """Losses, gradients and every logged number to 1e-5; the gradients of all processes are the same bits; only the first one writes."""
     # A low learning rate: AdamW blows rounding up into steps of that size where the gradient is 0.
-    settings = make_settings(max_steps=3, learning_rate=1e-6, **changes)
+    shared_settings = make_settings(max_steps=3, learning_rate=1e-6, **changes)
     papers, held_out = toy_papers(12), toy_papers(4, 50)
 
     def run(group: Group) -> Any:
+        settings = shared_settings if group.size > 1 else dataclasses.replace(shared_settings, texts_at_once=0)
         encoder = load(lively_bert, settings.metric, settings.pooling)
         without_dropout(encoder)
         train(encoder, papers, held_out, settings, tmp_path / f"{group.size}-{group.rank}", group)

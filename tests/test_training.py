@@ -506,7 +506,7 @@ def interrupt_at(step: int, encoder: Path, folder: Path, monkeypatch: pytest.Mon
         train(load(encoder), toy_papers(40), toy_papers(8, 50), settings or make_settings(), folder)
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bf16", "start_share": 0.25}, {"patience": 2, "max_steps": 30, "keep_checkpoints": 1}])
+@pytest.mark.parametrize("changes", [{"precision": "bf16", "start_share": 0.25, "texts_at_once": 5}, {"patience": 2, "max_steps": 30, "keep_checkpoints": 1}])
 def test_resumed_equals_whole_in_bf16_averaged_with_the_start_and_stopped_early(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -524,7 +524,7 @@ def test_resumed_equals_whole_in_bf16_averaged_with_the_start_and_stopped_early(
     assert comparable(tmp_path / "broken/metrics.jsonl") == comparable(tmp_path / "whole/metrics.jsonl")
 
 
-@pytest.mark.parametrize("place, named", [("step", "--batch-size or --train-max-length"), ("validation", "--max-length")])
+@pytest.mark.parametrize("place, named", [("step", r"--texts-at-once \(0 is all\), --batch-size or --train-max-length"), ("validation", "--max-length")])
 def test_out_of_memory_names_the_setting_and_keeps_the_work(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_run: tuple[Path, Encoder, Progress], caplog: pytest.LogCaptureFixture,
     place: str, named: str,
