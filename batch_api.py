@@ -106,7 +106,7 @@ class BatchRun(Run):
         for work, slots in filter(None, self._source()):
             key, rejected = work.keys[slots[0]], self.answers.rejected[work.keys[slots[0]]]
             used_up = rejected - self.before[key] >= self.flags.attempts or self.refused[key] > self.flags.retries
-            if used_up or not under_way.isdisjoint(work.keys[slot] for slot in slots):
+            if used_up or not under_way.isdisjoint(work.keys if self.job.at_once else [key]):
                 continue
             if len(under_way) >= self.room or self.spent(reserved):
                 return

@@ -39,8 +39,8 @@ def texts(done: Outcome) -> list[tuple[str, int]]:
 
 
 def nothing_left(done: Outcome) -> bool:
-    left = {path.name.removeprefix(done.output.name) for path in done.output.parent.iterdir()}
-    return left <= {"", ".journal.jsonl", ".report.json", ".failed.jsonl"} and done.exists()
+    left = {path.name.replace(done.output.name, "") for path in done.output.parent.iterdir() if done.output.name in path.name}
+    return left - {".failed.jsonl"} == {"", ".journal.jsonl", ".report.json"}
 
 
 def test_the_output_is_that_of_a_live_run_at_half_the_price(generate: Generate, papers_file: Papers) -> None:  # noqa: F811
@@ -51,15 +51,15 @@ def test_the_output_is_that_of_a_live_run_at_half_the_price(generate: Generate, 
         done = generate(source, batches.url, batch=True, **prices)
         assert (done.code, done.output.read_bytes()) == (0, live.output.read_bytes())
         assert {row["key"] for row in done.rows(".journal.jsonl")} == {row["key"] for row in live.rows(".journal.jsonl")}
-        key = lambda body: json.dumps(body, sort_keys=True)  # noqa: E731
-        assert sorted(map(key, batches.bodies)) == sorted(map(key, server.requests))
+        assert sorted(map(str, batches.bodies)) == sorted(map(str, server.requests))
         assert nothing_left(done)
-        assert done.report["cost"] == live.report["cost"] / 2 > 0
+        paid = done.report["cost"]
+        assert paid == live.report["cost"] / 2 > 0
         assert (done.report["prompt_tokens"], done.report["completion_tokens"]) == (live.report["prompt_tokens"], live.report["completion_tokens"])
         more = generate(source, server.url, summaries_per_abstract=5, **prices)
         assert len(server.requests) == 20 + 5
-    assert more.report["cost_of_all_runs"] == pytest.approx(done.report["cost"] + more.report["cost"])
-    assert batches.calls == {"list": 1 + 2 - 1, "upload": 1, "create": 1, "retrieve": 1, "content": 1} or batches.calls["create"] == 1
+    assert more.report["cost_of_all_runs"] == pytest.approx(paid + more.report["cost"])
+    assert [len(upload) for upload in batches.uploads] == [20]
 
 
 def test_queries_and_structured_requests_go_through_batches_too(generate: Generate, papers_file: Papers) -> None:  # noqa: F811
@@ -165,7 +165,7 @@ def test_a_batch_that_the_server_refuses_ends_the_run(generate: Generate, papers
 
 
 @pytest.mark.parametrize(
-    "faults", [{"create": ["drop"]}, {"create": ["500", "drop", "429"]}, {"upload": ["drop", "500"]}, {"retrieve": ["drop", "503"]}, {"list": ["200", "drop"]},
+    "faults", [{"create": ["drop"]}, {"create": ["500", "drop", "429"]}, {"upload": ["drop", "500"]}, {"retrieve": ["drop", "503"]}, {"list": ["", "drop", "500"]},
                {"content": ["cut"]}, {"content": ["500", "drop", "cut"]}],
 )  # fmt: skip
 def test_faults_of_the_line_cost_nothing(generate: Generate, papers_file: Papers, monkeypatch: pytest.MonkeyPatch, faults: dict[str, list[str]]) -> None:  # noqa: F811
@@ -219,7 +219,7 @@ def test_kill_9_at_any_moment_pays_nothing_twice(papers_file: Papers, tmp_path: 
 def test_a_run_that_ends_while_it_journals_answers_goes_on_there(generate: Generate, papers_file: Papers, structured: bool) -> None:  # noqa: F811
     """A disk that is full after some rows, at each row; accepted and refused answers are counted and paid for once."""
     source, append = papers_file([bare(i) for i in range(2)]), files.Journal.append
-    flags: dict[str, Any] = {"batch": True, "price_out": 1e6, "structured": structured}
+    flags: dict[str, Any] = {"batch": True, "price_out": 1e6} | ({"structured": True} if structured else {})
     with BatchServer(lambda body, number: "refusal" if number == 1 and not structured else "cut" if number == 1 else None) as server:
         for room in range(12):
             server.bodies.clear()
@@ -241,8 +241,6 @@ def test_a_run_that_ends_while_it_journals_answers_goes_on_there(generate: Gener
                 assert first.error.startswith("error: No space left on device; free some disk space")
             done = generate(source, server.url, output=name, **flags)
             assert (done.code, texts(done)) == (0, [("paper-0", 4), ("paper-1", 4)])
-            paid = sum(len(text) for text in server.paid)
-            assert paid
             assert max(server.paid.values()) == 1
             written = [row["completion_tokens"] for row in done.rows(".journal.jsonl")]
             assert done.report["cost_of_all_runs"] == sum(written) / 2
@@ -271,7 +269,7 @@ def test_ctrl_c_leaves_the_batches_running_and_says_so(papers_file: Papers, tmp_
 def test_what_is_under_way_is_asked_for_by_no_other_command(generate: Generate, papers_file: Papers) -> None:  # noqa: F811
     source = papers_file([bare(1)])
     with BatchServer() as server, FakeServer() as live:
-        server.end = "in_progress"
+        server.looks = 10**9
         server.faults["retrieve"] = ["", "400"]
         assert generate(source, server.url, batch=True).code == 1
         refused = generate(source, live.url)
@@ -281,7 +279,7 @@ def test_what_is_under_way_is_asked_for_by_no_other_command(generate: Generate, 
             other = generate(source, server.url, batch=True, **change)
             assert (other.code, len(server.batches)) == (2, 1)
             assert "4 requests under way are not of this command" in other.error
-        server.end = "completed"
+        server.looks = 1
         assert generate(source, server.url, batch=True).code == 0
         assert generate(source, live.url).code == 0
     assert (live.requests, set(server.paid.values())) == ([], {1})
