@@ -1,8 +1,8 @@
 """Prompts in, texts out at half the price: OpenAI's Batch API, which takes files of requests and answers them within a day.
 
 Prompts, quality gate, journal and outputs are those of language_model.py. What is under way stands in `<output>.batches.jsonl`: an uploaded file of requests is
-noted before its batch, which costs money, is created, and a batch is created only if the server's list has none of that file: one that was created unheard (the run
-was killed, the line was cut) is found again. Requests and answers lie on disk; memory holds an integer or two for each.
+noted before its batch, which costs money, is created, and a batch is created only if the server's list has none of that file. So one that was created unheard
+(a run was killed, the line was cut) is found again. Requests and answers lie on disk; memory holds an integer or two for each.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import files
 from files import Journal, RunError, StopSignal, UserError
 from language_model import Answer, Answers, Flags, Job, Run, Unanswered, Work, api_key, meaning, most_tokens, named_faults, read_answer
 
@@ -36,15 +37,11 @@ class BatchRun(Run):
     def __init__(self, flags: Flags, job: Job, answers: Answers) -> None:
         super().__init__(flags, job, answers)
         self.path, self.room = Path(f"{flags.output}.batches.jsonl"), sys.maxsize  # requests that the server lets be under way
-        self.sent: dict[str, dict[str, Any]] = {}  # uploaded file -> the keys of its requests' first slots, what they cost at most, its batch
+        self.sent: dict[str, dict[str, Any]] = {}  # uploaded file -> the keys of its requests, what they cost at most, its batch
         self.before, self.refused = Counter(answers.rejected), Counter[int]()  # by key: refused texts of earlier runs; requests without an answer
 
     def survey(self) -> None:
-        """As every run; then reach the server and recall what is under way.
-
-        Raises:
-            UserError: no server, no Batch API, or what is under way is not of this command.
-        """
+        """As every run; then reach the server and recall what is under way. A UserError if there is no Batch API, or that is not of this command."""
         import openai
 
         super().survey()
@@ -91,6 +88,10 @@ class BatchRun(Run):
             else:
                 self.path.unlink()
 
+    def _key(self, work: Work, slots: list[int]) -> int:
+        """What a request is known by, whatever of it has been answered."""
+        return work.keys[0 if self.job.at_once else slots[0]]
+
     def _under_way(self) -> set[int]:
         return {key for sent in self.sent.values() for key in sent["keys"]}
 
@@ -104,9 +105,8 @@ class BatchRun(Run):
         """Key, cost at most and line of every request that is missing and not under way, as far as the server and --max-cost have room."""
         under_way, reserved = self._under_way(), sum(sent["cost"] for sent in self.sent.values())
         for work, slots in filter(None, self._source()):
-            key, rejected = work.keys[slots[0]], self.answers.rejected[work.keys[slots[0]]]
-            used_up = rejected - self.before[key] >= self.flags.attempts or self.refused[key] > self.flags.retries
-            if used_up or not under_way.isdisjoint(work.keys if self.job.at_once else [key]):
+            key, rejected = self._key(work, slots), self.answers.rejected[first := work.keys[slots[0]]]
+            if key in under_way or rejected - self.before[first] >= self.flags.attempts or self.refused[key] > self.flags.retries:
                 continue
             if len(under_way) >= self.room or self.spent(reserved):
                 return
@@ -128,8 +128,7 @@ class BatchRun(Run):
                     with named_faults():
                         file = self.api.files.create(file=("requests.jsonl", handle), purpose="batch").id
                     self._note(file, keys=keys, cost=costs)
-                    handle.seek(0)
-                    handle.truncate()
+                    handle.truncate(handle.seek(0))
                     keys, costs = [], 0.0
                 handle.write(line)
                 keys.append(key)
@@ -145,24 +144,21 @@ class BatchRun(Run):
                 if name := sent.get("batch") or names.get(file):
                     states[file] = self.api.batches.retrieve(name)
                 else:  # without retries: one whose answer is lost would make two of them
-                    create = self.api.with_options(max_retries=0).batches.create
-                    states[file] = create(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")
+                    once = self.api.with_options(max_retries=0)
+                    states[file] = once.batches.create(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")
                 if "batch" not in sent:
                     self._note(file, batch=states[file].id)
         return states
 
     def _look(self, bar: tqdm[Any]) -> bool:
-        """Show how the batches are and take in those that have ended; whether any has.
-
-        Raises:
-            RunError: the server would not run one, or somebody has cancelled it.
-        """
+        """Show how the batches are and take in those that have ended; whether any has. A RunError if the server would not run one."""
         states = self._states()
         counts = sum((Counter(dict(state.request_counts or ())) for state in states.values()), Counter[str]())
         bar.total, bar.n = len(self._under_way()), counts["completed"] + counts["failed"]
         bar.set_postfix(batches=len(states), failed=counts["failed"], accepted=self.count["accepted"], cost=f"{self.cost(self.answers.tokens):.2f}")
         ended = {file: state for file, state in states.items() if state.status in ("completed", "expired", "cancelled", "failed")}
         self._collect({file: state for file, state in ended.items() if state.status != "failed"})
+        self.answers.journal.sync()
         for file in ended:
             self._note(file, done=True)
         largest = max((len(self.sent.pop(file)["keys"]) for file in ended), default=0)
@@ -192,46 +188,39 @@ class BatchRun(Run):
                 end += len(line)
             if good < sum(state.request_counts.completed for state in states.values() if state.request_counts):
                 raise Unanswered("a file of answers is cut")
-            for number, paper in enumerate(self.papers() if keys else ()):
-                wanted = self.keys(paper)
-                here = [key for key in wanted if key in keys]
-                keys.difference_update(here)
-                if here:
-                    work = Work(paper, number, wanted, self.answers.texts(wanted), self.failed.pop(paper.id, Counter()))
-                for key in here:
+            for work, slots in filter(None, self._source() if keys else ()):
+                if (key := self._key(work, slots)) in keys:
+                    keys.discard(key)  # another paper may have the same texts
                     handle.seek(places.get(key, end))
                     self._take(work, key, handle.readline())
 
     def _take(self, work: Work, key: int, line: bytes) -> None:
         """Judge one answer. What a run that was killed at this has journalled is neither judged nor counted again."""
+        work.reasons = self.failed.get(work.paper.id, work.reasons)
         try:
             answer, rejected, slots = _read(line)
-        except Unanswered as fault:
-            self.faults[fault.reason.partition(":")[0]] += 1
-            work.reasons[fault.reason] += 1
-            self.refused[key] += 1 if fault.again else self.flags.retries + 1
+        except (Unanswered, RunError) as fault:
+            reason = fault.reason if isinstance(fault, Unanswered) else fault.what
+            self.faults[reason.partition(":")[0]] += 1
+            work.reasons[reason] += 1
+            self.refused[key] += 1 if isinstance(fault, Unanswered) and fault.again else self.flags.retries + 1
         else:
-            kept = {slot for slot in slots if work.keys[slot] in self.answers.offsets} | set(slots[: self.answers.rejected[key] > rejected])
+            kept = {slot for slot in slots if work.keys[slot] in self.answers.offsets}
+            kept.update(slots[: self.answers.rejected[work.keys[slots[0]]] > rejected])  # refused before the kill
             self._judge(work, slots, answer, kept)
-        if any(key not in self.answers.offsets for key in work.keys):
+        if work.reasons:
             self.failed[work.paper.id] = work.reasons
 
 
 def _read(line: bytes) -> tuple[Answer, int, list[int]]:
-    """An answer, how many were rejected before it was asked for, and the slots that it is for.
-
-    Raises:
-        Unanswered: there is none.
-    """
+    """An answer, how many were rejected before it was asked for, and the slots that it is for; Unanswered or RunError if there is none."""
     try:
-        row = json.loads(line or b'{"error": {"code": "no answer"}}')
-        response = row.get("response") or {"status_code": 0}
-        if response["status_code"] == 200:
-            _, rejected, slots = (int(part, 16) for part in row["custom_id"].split("-"))
-            return read_answer(json.dumps(response["body"]).encode()), rejected, [slot for slot in range(slots.bit_length()) if slots >> slot & 1]
-        fault = meaning(response["status_code"], None, response.get("body") or "")
+        row = json.loads(line or b"{}")
+        if not row.get("response"):
+            raise Unanswered(files.without_secrets(str((row.get("error") or {}).get("code") or "no answer")))
+        if (status := row["response"]["status_code"]) != 200:
+            raise meaning(status, None, row["response"].get("body"))
+        _, rejected, slots = (int(part, 16) for part in row["custom_id"].split("-"))
+        return read_answer(json.dumps(row["response"]["body"]).encode()), rejected, [slot for slot in range(slots.bit_length()) if slots >> slot & 1]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Unanswered("bad body") from None
-    if not response["status_code"]:
-        raise Unanswered(" ".join(str((row.get("error") or {}).get("code")).split())[:200])
-    raise fault if isinstance(fault, Unanswered) else Unanswered(f"HTTP {response['status_code']}", again=False)

@@ -122,7 +122,6 @@ def check(flags: Flags) -> None:
 
 def api_key() -> str:
     """The key for all servers."""
-
     return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-needed"
 
 
@@ -495,8 +494,8 @@ class Run:
 
     def cost(self, tokens: list[int]) -> float:
         """Price of tokens, counted as in Answers."""
-        full = [all_of_them - (1 - BATCH_PRICE) * batched for all_of_them, batched in zip(tokens[:2], tokens[2:], strict=True)]
-        return (full[0] * self.flags.price_in + full[1] * self.flags.price_out) / 1e6
+        read, written = (tokens[i] - (1 - BATCH_PRICE) * tokens[i + 2] for i in (0, 1))
+        return (read * self.flags.price_in + written * self.flags.price_out) / 1e6
 
     def spent(self, reserved: float = 0.0) -> bool:
         """Whether --max-cost is reached, given what requests under way may cost."""
@@ -687,9 +686,7 @@ def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
     output = flags.output
     with files.lock(output.with_name(f".{output.name}.lock")), contextlib.closing(Answers(Path(f"{output}.journal.jsonl"))) as answers:
         if not flags.batch and Path(f"{output}.batches.jsonl").exists():
-            raise UserError(
-                f"{output}.batches.jsonl: an earlier run left batches under way", "run with --batch, or delete the file to pay for their answers anew"
-            )
+            raise UserError(f"{output}.batches.jsonl: batches are under way", "run with --batch, or delete the file to pay for their answers anew")
         run = road(flags, job, answers)
         run.survey()
         if flags.estimate:

@@ -63,15 +63,15 @@ class BatchServer:
         return name
 
     def create(self, file: str) -> dict[str, Any]:
-        number = len(self.files[file].splitlines())
+        number, name = len(self.files[file].splitlines()), f"batch_{len(self.batches)}"
         batch = {
-            "id": f"batch_{len(self.batches)}", "object": "batch", "endpoint": "/v1/chat/completions", "completion_window": "24h", "created_at": len(self.batches),
-            "input_file_id": file, "status": "in_progress", "request_counts": {"total": number, "completed": 0, "failed": 0}, "looks": 0,
+            "id": name, "object": "batch", "endpoint": "/v1/chat/completions", "completion_window": "24h", "created_at": len(self.batches), "looks": 0,
+            "input_file_id": file, "status": "in_progress", "request_counts": {"total": number, "completed": 0, "failed": 0},
         }  # fmt: skip
         waiting = sum(other["request_counts"]["total"] for other in self.batches.values() if other["status"] == "in_progress")
         if waiting + number > self.queue:
             batch |= {"status": "failed", "errors": {"data": [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}]}}
-        self.batches[batch["id"]] = batch
+        self.batches[name] = batch
         return batch
 
     def look(self, name: str) -> dict[str, Any]:
@@ -127,7 +127,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("files"):
             content = re.search(rb'filename="requests.jsonl"\r\n.*?\r\n\r\n(.*)\r\n--', body, re.S)
             assert content
-            self.answer("upload", lambda: {"id": self.world.put(content[1]), "object": "file", "bytes": 1, "created_at": 1, "filename": "f", "purpose": "batch"})
+            self.answer(
+                "upload", lambda: {"id": self.world.put(content[1]), "object": "file", "bytes": 1, "created_at": 1, "filename": "f", "purpose": "batch"}
+            )
         else:
             self.answer("create", lambda: self.world.create(json.loads(body)["input_file_id"]))
 
