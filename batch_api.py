@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
 POLL = 30.0  # seconds between two looks at the batches; a batch stands in the server's list so long after it was created
+AT_ONCE = 8  # batches whose answers are taken in together: they lie on disk, some 60 MB each
 
 
 class BatchRun(Run):
@@ -157,6 +158,7 @@ class BatchRun(Run):
         bar.total, bar.n = len(self._under_way()), counts["completed"] + counts["failed"]
         bar.set_postfix(batches=len(states), failed=counts["failed"], accepted=self.count["accepted"], cost=f"{self.cost(self.answers.tokens):.2f}")
         ended = {file: state for file, state in states.items() if state.status in ("completed", "expired", "cancelled", "failed")}
+        ended = dict(itertools.islice(ended.items(), AT_ONCE))
         self._collect({file: state for file, state in ended.items() if state.status != "failed"})
         self.answers.journal.sync()
         for file in ended:

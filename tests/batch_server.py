@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
     """The calls of the API."""
 
     world: BatchServer
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", 65_536  # one write an answer: two would wait for each other
     lock = threading.Lock()
 
     def do_GET(self) -> None:

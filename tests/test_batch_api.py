@@ -33,6 +33,7 @@ Papers = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_api, "POLL", 0)
+    monkeypatch.setattr(batch_api, "AT_ONCE", 3)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
