@@ -685,8 +685,8 @@ def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
         flags = replace(flags, output=flags.output.with_name(f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"))
     output = flags.output
     with files.lock(output.with_name(f".{output.name}.lock")), contextlib.closing(Answers(Path(f"{output}.journal.jsonl"))) as answers:
-        if not flags.batch and Path(f"{output}.batches.jsonl").exists():
-            raise UserError(f"{output}.batches.jsonl: batches are under way", "run with --batch, or delete the file to pay for their answers anew")
+        if not flags.batch and (pending := Path(f"{output}.batches.jsonl")).exists() and pending.stat().st_size:
+            raise UserError(f"{pending}: batches are under way", "run with --batch, or delete the file to pay for their answers anew")
         run = road(flags, job, answers)
         run.survey()
         if flags.estimate:
