@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 
 import files
-from language_model import Flags, Job, Prompt, run_job
+from batch_api import BatchRun
+from language_model import Flags, Job, Prompt, Run, run_job
 
 # A query by somebody who wants this very paper's content and does not know the paper: their words, not the title's, and specific enough to find it first.
 QUERY = Prompt(
@@ -35,7 +36,7 @@ def main() -> None:
     """Parse, generate, write."""
     command = files.parse_command_line(Command, None, Command())
     files.log_to_stderr()
-    run_job(command, Job("query", (QUERY,), texts=1, least=1, words=(2, 16), keep=not command.overwrite))
+    run_job(command, Job("query", (QUERY,), texts=1, least=1, words=(2, 16), keep=not command.overwrite), BatchRun if command.batch else Run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 
 import files
-from language_model import Flags, Job, Prompt, run_job
+from batch_api import BatchRun
+from language_model import Flags, Job, Prompt, Run, run_job
 
 # What every summary must be: one sentence that stands alone, so that read without the abstract it still says which paper it belongs to. The demands are few and
 # the last stands in the task: small models follow what they read last, and copy or ignore long instructions.
@@ -49,7 +50,7 @@ def main() -> None:
     files.log_to_stderr()
     prompts = [Prompt("all at once", SYSTEM, ALL_AT_ONCE)] if command.structured else [Prompt(name, SYSTEM, task) for name, task in VIEWS.items()]
     texts = command.summaries_per_abstract
-    run_job(command, Job("summaries", tuple(prompts), texts, least=2, words=(6, 80), at_once=command.structured))
+    run_job(command, Job("summaries", tuple(prompts), texts, least=2, words=(6, 80), at_once=command.structured), BatchRun if command.batch else Run)
 
 
 if __name__ == "__main__":

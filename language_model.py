@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -22,7 +23,7 @@ import re
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
@@ -43,7 +44,8 @@ GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight: they are paid
 SAME_WORDS = 0.8  # share of common words (Jaccard) from which two texts count as the same [ours]
 LONGEST_TEXT, CHARS_PER_WORD = 4_000, 40  # characters read of a text; so many a word are too many: cleaning takes time by the square
 COPIED = 0.7  # share of its word 5-grams in a source from which a text counts as copied [ours]
-CHARS_PER_TOKEN = 4  # rule of thumb for English, for --estimate only
+CHARS_PER_TOKEN = 4  # rule of thumb for English, for --estimate and what batches under way may cost
+BATCH_PRICE = 0.5  # share of its price that an answer from a batch costs [OpenAI]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Flags:
     price_in: float = 0.0  # price of a million prompt tokens
     price_out: float = 0.0  # price of a million generated tokens
     max_cost: float | None = None  # send no more once all answers in the journal, those of earlier runs too, have cost this much
+    batch: bool = False  # ask through OpenAI's Batch API: half the price, answers within a day; the same command comes back for batches that it left
     estimate: bool = False  # say what the missing texts would cost, and send nothing
     skip_invalid: bool = False  # count and log bad lines of the input instead of stopping at the first
     shard: str = "1/1"  # such as 2/4: do the second of four shares of the papers, into files of its own (README tells how to merge them)
@@ -104,18 +107,21 @@ def check(flags: Flags) -> None:
     urls = [urllib.parse.urlsplit(url) for url in flags.base_url]
     if not urls or any(url.scheme not in ("http", "https") or not url.hostname or url.username or url.query for url in urls):
         raise UserError("--base-url is missing or not plain http(s)://host[:port]/path", "name a server; a key belongs into OPENAI_API_KEY")
+    if flags.batch and len(urls) > 1:
+        raise UserError("--batch with several --base-url", "name one server")
     if flags.max_cost is not None and not flags.price_in + flags.price_out > 0:
         raise UserError("--max-cost without a price", "give --price-in and --price-out")
     if os.path.isdir(flags.output) or os.path.realpath(flags.output) == os.path.realpath(flags.input):
         raise UserError(f"--output {flags.output} is a folder or the input", "name another file")
     if os.path.exists(flags.input) and not os.path.isfile(flags.input) and not os.path.isdir(flags.input):
         raise UserError(f"--input {flags.input} is a pipe or device, and papers are read three times", "write them to a file first")
-    if not (_api_key().isascii() and _api_key().isprintable()):
+    if not (api_key().isascii() and api_key().isprintable()):
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header may", "set it again, on one line")
     shard_slice(flags.shard)
 
 
-def _api_key() -> str:
+def api_key() -> str:
+    """The key for all servers."""
     return os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-needed"
 
 
@@ -179,7 +185,7 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
         "several lines": lambda: "\n" in text,
         "too short": lambda: len(text.split()) < job.words[0],
         "too long": lambda: len(text.split()) > job.words[1] or len(text) > CHARS_PER_WORD * job.words[1],
-        "repeats the prompt": lambda: any(_shares_words(text, f"{prompt.system} {prompt.task}") for prompt in job.prompts),
+        "repeats the prompt": lambda: any(any(_shared(text, f"{prompt.system} {prompt.task}", 4)) for prompt in job.prompts),
         "speaks of the study": lambda: _ABOUT_STUDY.search(text),
         "a question": lambda: job.key == "summaries" and text.endswith("?"),
         "copies the title": lambda: alike(text, paper.title),
@@ -191,17 +197,16 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
 
 def copied(text: str, source: str) -> bool:
     """Whether most word 5-grams of a text stand in the source; a text of fewer than eight words is compared with whole sentences instead."""
-    words, whole = _words(text).split(), _words(source)
-    if len(words) < 8:
+    if len(_words(text).split()) < 8:
         return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?:])\s+", source))
-    found = [f" {' '.join(words[i : i + 5])} " in whole for i in range(len(words) - 4)]
+    found = _shared(text, source, 5)
     return sum(found) >= COPIED * len(found)
 
 
-def _shares_words(text: str, prompt: str, n: int = 4) -> bool:
-    """Whether n words in a row stand in both."""
-    words, whole = _words(text).split(), _words(prompt)
-    return any(f" {' '.join(words[i : i + n])} " in whole for i in range(len(words) - n + 1))
+def _shared(text: str, source: str, n: int) -> list[bool]:
+    """Of every n words in a row of a text, whether they stand in the source."""
+    words, whole = _words(text).split(), _words(source)
+    return [f" {' '.join(words[i : i + n])} " in whole for i in range(len(words) - n + 1)]
 
 
 def alike(one: str, two: str) -> bool:
@@ -273,6 +278,36 @@ class Unanswered(Exception):
         self.reason, self.again, self.wait = reason, again, wait
 
 
+def meaning(status: int, wait: str | None, message: object) -> Unanswered | RunError:
+    """What an HTTP status says about the request, its paper or the whole run."""
+    if status in (401, 403):
+        return RunError(f"a server refuses the key (HTTP {status})", "set OPENAI_API_KEY to one that it takes and run again")
+    if status == 404:
+        return RunError("a server knows no such path, model or batch (HTTP 404)", "check --base-url (most end in /v1) and --model, and run again")
+    if status in (408, 409, 425, 429) or status >= 500:
+        return Unanswered(f"HTTP {status}", wait=retry_after(wait))
+    return Unanswered(f"HTTP {status}: {' '.join(files.without_secrets(str(message)).split())[:200]}", again=False)
+
+
+@contextlib.contextmanager
+def named_faults() -> Iterator[None]:
+    """Turn all that goes wrong with a request in the block into Unanswered or, if it concerns every request, RunError."""
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        raise meaning(error.status_code, error.response.headers.get("retry-after"), error.body) from None
+    except TimeoutError:
+        raise Unanswered("timeout") from None
+    except ValueError:
+        raise Unanswered("bad body") from None
+    except Exception as error:  # the HTTP libraries have many of their own; one that stays ends the run
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Unanswered("connection") from error
+
+
 def _plain_http() -> Any:
     """httpx's transport for http:// servers, on bare asyncio streams: with 256 requests in flight httpx's own costs four times the processor time."""
     import httpx2
@@ -326,7 +361,7 @@ class Client:
         import openai
 
         clients = [openai.DefaultAsyncHttpxClient(transport=None if url.startswith("https") else _plain_http()) for url in flags.base_url]
-        options: dict[str, Any] = {"api_key": _api_key(), "max_retries": 0, "timeout": None}
+        options: dict[str, Any] = {"api_key": api_key(), "max_retries": 0, "timeout": None}
         self.servers = [openai.AsyncOpenAI(base_url=url, http_client=http, **options) for url, http in zip(flags.base_url, clients, strict=True)]
         self.flags, self.stopping, self.faults = flags, asyncio.Event(), Counter[str]()
         self.limit, self._active, self._cut_at = float(flags.concurrency), 0, float("-inf")
@@ -360,32 +395,12 @@ class Client:
         return None
 
     async def _send(self, body: dict[str, Any], server: int) -> Answer:
-        import openai
-
-        try:
+        with named_faults():
             async with asyncio.timeout(self.flags.timeout):
                 answer = read_answer(await self.servers[server % len(self.servers)].post("/chat/completions", cast_to=bytes, body=body))
-        except openai.APIStatusError as error:
-            raise self._meaning(error.status_code, error.response.headers.get("retry-after"), error.body) from None
-        except TimeoutError:
-            raise Unanswered("timeout") from None
-        except ValueError:
-            raise Unanswered("bad body") from None
-        except Exception as error:  # the HTTP libraries have many of their own; one that stays ends the run (_count_fault)
-            raise Unanswered("connection") from error
         self._in_a_row, self._heard_at = 0, time.monotonic()
         self.limit = min(float(self.flags.concurrency), self.limit + 1 / self.limit)
         return answer
-
-    def _meaning(self, status: int, wait: str | None, message: object) -> Exception:
-        """What an HTTP status says about the request, its paper or the whole run."""
-        if status in (401, 403):
-            return RunError(f"a server refuses the key (HTTP {status})", "set OPENAI_API_KEY to one that it takes and run again")
-        if status == 404:
-            return RunError("a server knows no such path or model (HTTP 404)", "check --base-url (most end in /v1) and --model, and run again")
-        if status in (408, 409, 425, 429) or status >= 500:
-            return Unanswered(f"HTTP {status}", wait=retry_after(wait))
-        return Unanswered(f"HTTP {status}: {' '.join(files.without_secrets(str(message)).split())[:200]}", again=False)
 
     def _count_fault(self, reason: str) -> None:
         """Count faults by kind and in a row: ask for less at a time when a server has too much to do, end the run when nothing is answered any more."""
@@ -411,7 +426,7 @@ class Answers:
         self.journal = Journal(path, keep=_is_whole)
         self.offsets: dict[int, int] = {}
         self.rejected: Counter[int] = Counter()  # refused answers by slot: a new attempt gets a new seed
-        self.tokens = [0, 0]
+        self.tokens = [0, 0, 0, 0]  # read and written, and the share in both of answers from batches
         for offset, row in Journal.scan(path):
             self._note(offset, row)
             lines -= 1
@@ -423,8 +438,8 @@ class Answers:
             self.rejected[row["key"]] += 1
         else:
             self.offsets[row["key"]] = offset
-        self.tokens[0] += row["prompt_tokens"]
-        self.tokens[1] += row["completion_tokens"]
+        tokens = [row["prompt_tokens"], row["completion_tokens"]]
+        self.tokens = [old + new for old, new in zip(self.tokens, tokens + (tokens if "batch" in row else [0, 0]), strict=True)]
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep one answer for good."""
@@ -478,8 +493,13 @@ class Run:
         return itertools.islice(read_papers(self.flags.input, need=("abstract",), skip_invalid=self.flags.skip_invalid), part.start, None, part.step)
 
     def cost(self, tokens: list[int]) -> float:
-        """Price of tokens read and written."""
-        return (tokens[0] * self.flags.price_in + tokens[1] * self.flags.price_out) / 1e6
+        """Price of tokens, counted as in Answers."""
+        read, written = (tokens[i] - (1 - BATCH_PRICE) * tokens[i + 2] for i in (0, 1))
+        return (read * self.flags.price_in + written * self.flags.price_out) / 1e6
+
+    def spent(self, reserved: float = 0.0) -> bool:
+        """Whether --max-cost is reached, given what requests under way may cost."""
+        return self.flags.max_cost is not None and self.cost(self.answers.tokens) + reserved >= self.flags.max_cost
 
     def keys(self, paper: Paper) -> list[int]:
         """The slots wanted of a paper as 64-bit hashes of prompt, model, parameters, text and slot number; none if it keeps what it has."""
@@ -494,9 +514,10 @@ class Run:
         slots = [slot for slot, key in enumerate(keys) if key not in self.answers.offsets]
         return [slots] * bool(slots) if self.job.at_once else [[slot] for slot in slots]
 
-    def body(self, paper: Paper, slots: list[int], seed: int) -> dict[str, Any]:
+    def body(self, paper: Paper, keys: list[int], slots: list[int]) -> dict[str, Any]:
         """One request: system, paper, task in this order, so that requests about one paper begin alike and servers can reuse the prefix."""
         prompt, n, flags = self.job.prompts[slots[0] % len(self.job.prompts)], len(slots), self.flags
+        seed = (keys[slots[0]] + self.answers.rejected[keys[slots[0]]]) % 2**31
         text = f"Title: {paper.title}\n\nAbstract: {paper.abstract}\n\n{prompt.task.replace('{n}', str(n))}"
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": text}]
         sampling = {"temperature": flags.temperature, "top_p": flags.top_p, "max_tokens": flags.max_tokens * n, "seed": seed}
@@ -514,13 +535,12 @@ class Run:
             keys = self.keys(paper)
             requests = self.missing(keys)
             self.count.update(papers=1, texts=len(keys), missing=sum(map(len, requests)), requests=len(requests))
-            for body in (self.body(paper, slots, 0) for slots in requests if self.flags.estimate):
-                tokens[0] += sum(len(message["content"]) for message in body["messages"]) // CHARS_PER_TOKEN
-                tokens[1] += body["max_tokens"]
+            for body in (self.body(paper, keys, slots) for slots in requests if self.flags.estimate):
+                tokens = [old + new for old, new in zip(tokens, most_tokens(body), strict=True)]
         log.info("%(papers)d papers, %(texts)d texts wanted, %(missing)d missing: %(requests)d requests", self.count)
         if self.flags.estimate:
             log.info("about %d tokens to read (%d characters each) and at most %d to write, not counting retries", tokens[0], CHARS_PER_TOKEN, tokens[1])
-            log.info("cost: at most about %.2f", self.cost(tokens))
+            log.info("cost: at most about %.2f", self.cost(tokens + (tokens if self.flags.batch else [0, 0])))
 
     async def send(self, stop: StopSignal) -> None:
         """Send all that is missing with a fixed number of workers. When that must end early, answers in flight are waited for: they are paid."""
@@ -532,7 +552,7 @@ class Run:
         with tqdm(total=self.count["texts"], initial=have, desc=self.job.key, unit="text", mininterval=1) as bar:
             while running and not stop.received and not client.stopping.is_set() and not any(task.exception() for task in done):
                 done, running = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
-                bar.set_postfix(tokens=sum(self.answers.tokens), cost=f"{self.cost(self.answers.tokens):.2f}", failed=self.count["failed"], refresh=False)
+                bar.set_postfix(tokens=sum(self.answers.tokens[:2]), cost=f"{self.cost(self.answers.tokens):.2f}", failed=self.count["failed"], refresh=False)
                 bar.update(have + self.count["accepted"] - bar.n)
         patience = self.flags.timeout if client.stopping.is_set() else GRACE
         client.stopping.set()
@@ -569,13 +589,12 @@ class Run:
     async def _fill(self, client: Client, work: Work, slots: list[int]) -> None:
         """Ask for the texts of these slots until each has an accepted one or the attempts are used up."""
         for _ in range(self.flags.attempts):
-            if self.flags.max_cost is not None and self.cost(self.answers.tokens) >= self.flags.max_cost:
+            if self.spent():
                 client.stopping.set()
             if not work.taken:
                 break
-            key = work.keys[slots[0]]
             try:
-                answer = await client.ask(self.body(work.paper, slots, (key + self.answers.rejected[key]) % 2**31), work.number)
+                answer = await client.ask(self.body(work.paper, work.keys, slots), work.number)
             except Unanswered as fault:
                 work.reasons[fault.reason] += len(slots)
                 work.taken = fault.again
@@ -586,17 +605,20 @@ class Run:
         self.count["failed"] += len(slots)
         self.failed[work.paper.id] = work.reasons
 
-    def _judge(self, work: Work, slots: list[int], answer: Answer) -> list[int]:
-        """Journal the texts of an answer, good or bad, and return the slots that still have none."""
+    def _judge(self, work: Work, slots: list[int], answer: Answer, kept: Collection[int] = ()) -> list[int]:
+        """Journal the texts of an answer, good or bad, and return the slots that still have none; texts of slots in `kept` are in the journal already."""
         texts = [*parse_texts(answer.text), *[""] * len(slots)] if self.job.at_once else [answer.text]
-        left, tokens = [], answer.tokens
+        left, tokens, batch = [], answer.tokens, {"batch": True} if self.flags.batch else {}
         for slot, text in zip(slots, map(clean, texts), strict=False):
+            if slot in kept:  # and so are the tokens, with the first slot's
+                tokens = (0, 0)
+                continue
             cut = answer.cut and not (self.job.at_once and text)  # of a cut list the whole texts are good
             if self.job.key == "query":  # what follows on further lines explains the query
                 text, cut = text.partition("\n")[0], cut and "\n" not in text
             reason = judge(text, work.paper, work.texts.values(), self.job, cut)
             row = {"key": work.keys[slot], "id": work.paper.id, "slot": slot, "text": text, "prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-            self.answers.add(row | ({"rejected": reason} if reason else {}))
+            self.answers.add(row | batch | ({"rejected": reason} if reason else {}))
             tokens = (0, 0)
             if reason:
                 left.append(slot)
@@ -636,18 +658,23 @@ class Run:
             "rejected": dict(self.rejected.most_common()), "faults": dict(self.faults.most_common()),
             "prompt_tokens": tokens[0], "completion_tokens": tokens[1], "cost": self.cost(tokens), "cost_of_all_runs": self.cost(self.answers.tokens),
             "seconds": round(time.monotonic() - self.started, 1), "prompts": {one.name: _hash(one.system, one.task).hex() for one in self.job.prompts},
-            **{name: getattr(self.flags, name) for name in ("model", "temperature", "top_p", "max_tokens", "attempts", "concurrency")},
+            **{name: getattr(self.flags, name) for name in ("model", "temperature", "top_p", "max_tokens", "attempts", "concurrency", "batch")},
         }  # fmt: skip
         files.write_json(Path(f"{self.flags.output}.report.json"), report)
         log.info("%s", "; ".join(f"{name}: {value}" for name, value in report.items()))
+
+
+def most_tokens(body: dict[str, Any]) -> list[int]:
+    """About how many tokens a request has, and how many its answer has at most."""
+    return [sum(len(message["content"]) for message in body["messages"]) // CHARS_PER_TOKEN, body["max_tokens"]]
 
 
 def _hash(*parts: object) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
 
 
-def run_job(flags: Flags, job: Job) -> None:
-    """Do what a script's command line asks for: see the first lines of this file.
+def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
+    """Do what a script's command line asks for, request by request or on another `road`: see the first lines of this file.
 
     Raises:
         UserError: bad flags or input, or another run works on this output.
@@ -658,7 +685,9 @@ def run_job(flags: Flags, job: Job) -> None:
         flags = replace(flags, output=flags.output.with_name(f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"))
     output = flags.output
     with files.lock(output.with_name(f".{output.name}.lock")), contextlib.closing(Answers(Path(f"{output}.journal.jsonl"))) as answers:
-        run = Run(flags, job, answers)
+        if not flags.batch and (pending := Path(f"{output}.batches.jsonl")).exists() and pending.stat().st_size:
+            raise UserError(f"{pending}: batches are under way", "run with --batch, or delete the file to pay for their answers anew")
+        run = road(flags, job, answers)
         run.survey()
         if flags.estimate:
             return
@@ -669,5 +698,5 @@ def run_job(flags: Flags, job: Job) -> None:
             run.write()
         finally:
             run.report()
-        if flags.max_cost is not None and run.cost(answers.tokens) >= flags.max_cost and run.count["papers_failed"]:
+        if run.spent() and run.count["papers_failed"]:
             raise RunError(f"--max-cost {flags.max_cost} is reached, {run.count['papers_failed']} papers are unfinished", "raise it and run again")

@@ -83,7 +83,7 @@ def measure() -> dict[str, Any]:
         with contextlib.closing(run.answers), StopSignal() as stop:
             ours = timed(lambda: run.send(stop), OURS)
         assert run.count["accepted"] == OURS
-        bodies = [run.body(paper, [slot], slot) for paper in run.papers() for slot in range(4)][:THEIRS]
+        bodies = [run.body(paper, [0, 1, 2, 3], [slot]) for paper in run.papers() for slot in range(4)][:THEIRS]
         theirs = timed(lambda: bare_gather(url, bodies), THEIRS)
     return {
         "operation": "llm_client_vs_async_openai",
