@@ -69,7 +69,8 @@ class Settings:
 
 
 PROFILES: dict[Profile, dict[str, Any]] = {
-    # Two minutes on two CPU cores, with what the repository brings.
+    # Two minutes on two CPU cores, with what the repository brings. The loss stays the authors': InfoNCE ranks better here under the Euclidean distance, but
+    # worse under cosine at its default temperature, and one line must switch the distance (docs/experiments.md, "The quickstart with InfoNCE").
     "quickstart": {
         "batch_size": 64,  # of 112 papers: several of the four neighbours of a topic meet in a batch
         "max_steps": 60,
