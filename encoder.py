@@ -333,7 +333,8 @@ def _hub_folder(hub_id: str, patterns: list[str], revision: str = "main") -> Pat
         return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
         raise UserError(
-            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})", "check the name (semantic_benchmark.py --list-models: known ones) and the network"
+            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})",
+            "check the name (semantic_benchmark.py --list-models: known ones) and the network",
         ) from None
 
 

@@ -395,7 +395,9 @@ class Client:
         if reason in ("HTTP 429", "timeout") and now - self._cut_at >= 1:
             self.limit, self._cut_at = max(1.0, 0.7 * self.limit), now
         if self._in_a_row >= GONE[0] and now - self._heard_at > GONE[1]:
-            raise RunError(f"{self._in_a_row} requests in a row failed, the last with: {reason}", "see that --base-url and --model are right and the server is up, and run again: it goes on where it stopped")
+            raise RunError(
+                f"{self._in_a_row} requests in a row failed, the last with: {reason}", "check --base-url and its server; the next run goes on from here"
+            )
 
 
 # The run
