@@ -395,9 +395,7 @@ class Client:
         if reason in ("HTTP 429", "timeout") and now - self._cut_at >= 1:
             self.limit, self._cut_at = max(1.0, 0.7 * self.limit), now
         if self._in_a_row >= GONE[0] and now - self._heard_at > GONE[1]:
-            raise RunError(
-                f"{self._in_a_row} requests in a row failed, the last with: {reason}", "check --base-url and its server; the next run goes on from here"
-            )
+            raise RunError(f"{self._in_a_row} requests in a row failed, the last with: {reason}", "check --base-url and its server; run again to go on")
 
 
 # The run
