@@ -230,7 +230,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})", "delete it or put back a good copy") from None
