@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import logging
 import re
+import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -332,7 +333,8 @@ def _hub_folder(hub_id: str, patterns: list[str], revision: str = "main") -> Pat
         return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
         raise UserError(
-            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})", "check the name and the network"
+            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})",
+            "check the name (semantic_benchmark.py --list-models: known ones) and the network",
         ) from None
 
 
@@ -545,8 +547,7 @@ def _no_library_bars() -> Iterator[None]:
 
 
 def _brief(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:200]}"
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
 
 
 def _longest_input(model: Any) -> int:

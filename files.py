@@ -230,7 +230,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})", "delete it or put back a good copy") from None
@@ -297,7 +297,7 @@ class Journal:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold `path` (a small side file) for this process alone; the kernel frees it when the process ends, however it ends.
+    """Hold `path` (a small side file, `.NAME.lock`) for this process alone; the kernel frees it when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
@@ -309,7 +309,7 @@ def lock(path: Path) -> Iterator[None]:
             if not (path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())):  # its last holder has just removed it
                 raise BlockingIOError
         except BlockingIOError:
-            raise UserError(f"{path.parent} is in use by another run", "wait for it or choose another output") from None
+            raise UserError(f"{path.with_name(path.stem[1:])} is in use by another run", "wait for it or choose another output") from None
         try:
             yield
         finally:

@@ -91,7 +91,7 @@ class Flags:
     batch: bool = False  # ask through OpenAI's Batch API: half the price, answers within a day; the same command comes back for batches that it left
     estimate: bool = False  # say what the missing texts would cost, and send nothing
     skip_invalid: bool = False  # count and log bad lines of the input instead of stopping at the first
-    shard: str = "1/1"  # such as 2/4: do the second of four shares of the papers, into files of its own (README tells how to merge them)
+    shard: str = "1/1"  # such as 2/4: do the second of four shares of the papers, into files of its own (docs/scaling.md: how to merge them)
 
 
 def check(flags: Flags) -> None:
@@ -410,7 +410,7 @@ class Client:
         if reason in ("HTTP 429", "timeout") and now - self._cut_at >= 1:
             self.limit, self._cut_at = max(1.0, 0.7 * self.limit), now
         if self._in_a_row >= GONE[0] and now - self._heard_at > GONE[1]:
-            raise RunError(f"{self._in_a_row} requests in a row failed, the last with: {reason}", "mend that and run again: it goes on where it stopped")
+            raise RunError(f"{self._in_a_row} requests in a row failed, the last with: {reason}", "check --base-url and its server; run again to go on")
 
 
 # The run
@@ -700,3 +700,5 @@ def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
             run.report()
         if run.spent() and run.count["papers_failed"]:
             raise RunError(f"--max-cost {flags.max_cost} is reached, {run.count['papers_failed']} papers are unfinished", "raise it and run again")
+        if run.count["papers_failed"] and not run.count["papers_written"]:
+            raise RunError(f"no paper got the texts it needs, so {output} is empty", f"the reasons stand in {output}.failed.jsonl")

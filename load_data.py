@@ -147,7 +147,7 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except FileNotFoundError:
         made_by_us = str(path) in (PROFILES["paper"]["train_file"], PROFILES["paper"]["eval_file"])
-        raise UserError(f"{path}: no such file", PAPER_DATA if made_by_us else "check the path") from None
+        raise UserError(f"{path}: no such file", PAPER_DATA if made_by_us else "check the path and the folder you are in") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file ({error})", "copy or compress it again") from None
     except IsADirectoryError:

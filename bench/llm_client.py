@@ -7,6 +7,7 @@ Ours does the whole of a run's middle part: keys, prompts, judging, journal, pro
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -106,4 +107,5 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.stdout.write(json.dumps(measure(), indent=2) + "\n")

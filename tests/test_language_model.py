@@ -515,6 +515,15 @@ def test_a_text_that_the_server_does_not_take_fails_its_paper_only(generate: Cal
     assert "made-up 400" in next(iter(failed["reasons"]))
 
 
+def test_a_run_that_gets_no_paper_its_texts_fails(generate: Callable[..., Outcome], papers_file: Callable[..., Path]) -> None:
+    """A server of another model answers every request with 400: too few papers to call it gone, and an empty file is no success."""
+    with FakeServer(misbehave=lambda body, number: "400") as server:
+        done = generate(papers_file([bare(i) for i in range(3)]), server.url)
+    assert (done.code, done.rows()) == (1, [])
+    assert ".failed.jsonl" in done.error
+    assert [row["have"] for row in done.rows(".failed.jsonl")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("kind, said", [("400", "HTTP 400"), ("500", "HTTP 500"), (None, "connection")])
 def test_a_server_that_is_gone_ends_the_run_at_once(generate: Callable[..., Outcome], papers_file: Callable[..., Path], kind: str | None, said: str) -> None:
     with socket.socket() as nobody, FakeServer(misbehave=lambda body, number: kind) as server:
@@ -725,7 +734,7 @@ def test_secrets_are_in_nothing_that_is_said_or_written(papers_file: Callable[..
             server.misbehave = lambda body, number, kind=kind: f"{kind} wrong key {KEY}, token {TOKEN}" if kind.isdigit() else None  # type: ignore[misc]
             words = ("--input", source, "--output", tmp_path / f"{kind}.jsonl", "--base-url", url, "--model", "m", "--retries", "0", "--timeout", "5")
             done = run_script("generate_train_summaries.py", *words, **environment)
-            assert (done.returncode, "Traceback" in done.stderr) == (int(kind == "401"), False), done.stderr
+            assert (done.returncode, "Traceback" in done.stderr) == (int(kind != "none"), False), done.stderr
             said += done.stdout + done.stderr
         assert server.keys == {f"bearer {KEY}"}
     done = run_script("-c", crash, **environment)
