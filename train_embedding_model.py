@@ -289,8 +289,7 @@ class _Trainer:
         """Put the best validation's weights into the model, averaged with those it started from as `start_share` says."""
         share = self.settings.start_share
         self._load_weights({name: torch.lerp(value, self.start[name], share) if share else value for name, value in self.best.items()})
-        note = "" if self.progress.best_step else " (no step did better than the encoder training began with, so that is kept)"
-        log.info("best validation at step %d: mean rank %.3f%s", self.progress.best_step, self.progress.best_rank, note)
+        log.info("best validation at step %d (0: the encoder that training began with): mean rank %.3f", self.progress.best_step, self.progress.best_rank)
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
