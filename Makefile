@@ -54,6 +54,7 @@ local-llm: runs/smollm2/tokenizer.json  ## install a small language model and se
 	$(PYTHON) -m venv .venv-openvino
 	.venv-openvino/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	.venv-openvino/bin/pip install --quiet --disable-pip-version-check -r bench/requirements-openvino.txt
+	.venv-openvino/bin/pip uninstall --quiet --yes torchvision  # comes along unasked, and one of another build than torch's stops transformers
 	@touch $@
 
 bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (QUICK=1: small samples, some 6 minutes)
