@@ -10,7 +10,7 @@ help:  ## list the targets
 
 .venv: .venv/.installed  ## the virtual environment with everything installed
 .venv/.installed: requirements.txt requirements-dev.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed; name one, as in: make PYTHON=python3.11" * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("error: Python 3.11 or later is needed; name one, as in: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
@@ -25,7 +25,7 @@ test: .venv  ## install, lint, types, the test suite
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
 
-torture: .venv  ## every kind of fault, again and again: writes docs/reliability.md (about half an hour)
+torture: .venv  ## every kind of fault, again and again: writes docs/reliability.md (some 16 minutes)
 	$(BIN)/python docs/torture.py
 
 # The server's environment is its own: it needs web-server packages that the project does not.
