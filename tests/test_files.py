@@ -447,7 +447,8 @@ def test_our_own_faults_keep_their_traceback(fault: Exception) -> None:
 @pytest.mark.parametrize("number, code, line", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_runs_the_clean_up_and_ends_with_its_exit_code(tmp_path: Path, number: signal.Signals, code: int, line: str) -> None:
     work = """
-import sys, files, pathlib, time
+import sys, files, pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as this suite may be, inherits that it is ignored
 def work():
     with files.atomic_path(pathlib.Path(sys.argv[1])) as partial:
         partial.write_text("half"); print("ready", flush=True); time.sleep(60)
