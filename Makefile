@@ -57,7 +57,7 @@ local-llm: runs/smollm2/tokenizer.json  ## install a small language model and se
 	.venv-openvino/bin/pip uninstall --quiet --yes torchvision  # comes along unasked, and one of another build than torch's stops transformers
 	@touch $@
 
-bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (QUICK=1: small samples, some 6 minutes)
+bench: .venv-bench/.installed .venv-openvino/.installed  ## speed against peers into bench/results.json (QUICK=1: small samples)
 	.venv-bench/bin/python bench/run.py $(if $(QUICK),--quick)
 
 clean:  ## remove the environments and all runs

@@ -1,6 +1,6 @@
 """`make bench`: every speed figure of the README, ours and the peers' in one run on the same machine, into bench/results.json and bench/results.md.
 
-python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small samples, some 6 minutes
+python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small samples
 
 Runs in .venv-bench (bench/requirements.txt). Ratio = peer's time / our time. Do not use the machine for anything else meanwhile.
 """
