@@ -250,6 +250,7 @@ class Journal:
             with atomic_path(path) as partial, partial.open("wb") as kept:
                 kept.writelines(self._line(row) for _, row in self.scan(path) if keep(row))
         self._handle = path.open("a+b")
+        self._end = self._handle.seek(0, os.SEEK_END)
 
     @staticmethod
     def scan(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -272,7 +273,7 @@ class Journal:
     def append(self, row: dict[str, Any]) -> int:
         """Write one row, flush it, and return the byte offset where it stands."""
         line = self._line(row)
-        offset = self._handle.seek(0, os.SEEK_END)
+        offset, self._end = self._end, self._end + len(line)
         self._handle.write(line)
         self._handle.flush()
         return offset

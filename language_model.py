@@ -185,7 +185,7 @@ def judge(text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = 
         "several lines": lambda: "\n" in text,
         "too short": lambda: len(text.split()) < job.words[0],
         "too long": lambda: len(text.split()) > job.words[1] or len(text) > CHARS_PER_WORD * job.words[1],
-        "repeats the prompt": lambda: any(any(_shared(text, f"{prompt.system} {prompt.task}", 4)) for prompt in job.prompts),
+        "repeats the prompt": lambda: any(_shared(text, _all_prompts(job.prompts), 4)),
         "speaks of the study": lambda: _ABOUT_STUDY.search(text),
         "a question": lambda: job.key == "summaries" and text.endswith("?"),
         "copies the title": lambda: alike(text, paper.title),
@@ -201,6 +201,12 @@ def copied(text: str, source: str) -> bool:
         return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?:])\s+", source))
     found = _shared(text, source, 5)
     return sum(found) >= COPIED * len(found)
+
+
+@functools.lru_cache(8)
+def _all_prompts(prompts: tuple[Prompt, ...]) -> str:
+    """What the model was told in any request, each part once."""
+    return " ".join(dict.fromkeys(part for prompt in prompts for part in (prompt.system, prompt.task)))
 
 
 def _shared(text: str, source: str, n: int) -> list[bool]:
@@ -325,9 +331,9 @@ def _plain_http() -> Any:
                 fields = b"".join(b"%s: %s\r\n" % field for field in request.headers.raw)
                 writer.write(b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method.encode(), request.url.raw_path, fields) + await request.aread())
                 first, *lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[:-2]
-                headers = httpx2.Headers([(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)])
+                headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
                 response = httpx2.Response(int(first.split()[1]), headers=headers, content=await _read_body(reader, headers))
-                again = "close" not in headers.get("connection", "").lower() and not reader.at_eof()
+                again = b"close" not in headers.get(b"connection", b"").lower() and not reader.at_eof()
                 return response
             finally:
                 if again:
@@ -342,10 +348,10 @@ def _plain_http() -> Any:
     return PlainHttp()
 
 
-async def _read_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
+async def _read_body(reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]) -> bytes:
     """An HTTP body in whichever way its length is told."""
-    if "chunked" not in headers.get("transfer-encoding", "").lower():
-        return await (reader.readexactly(int(headers["content-length"])) if "content-length" in headers else reader.read())
+    if b"chunked" not in headers.get(b"transfer-encoding", b"").lower():
+        return await (reader.readexactly(int(headers[b"content-length"])) if b"content-length" in headers else reader.read())
     body = b""
     while size := int((await reader.readline()).partition(b";")[0], 16):
         body += (await reader.readexactly(size + 2))[:-2]
@@ -397,7 +403,8 @@ class Client:
     async def _send(self, body: dict[str, Any], server: int) -> Answer:
         with named_faults():
             async with asyncio.timeout(self.flags.timeout):
-                answer = read_answer(await self.servers[server % len(self.servers)].post("/chat/completions", cast_to=bytes, body=body))
+                one = self.servers[server % len(self.servers)]
+                answer = read_answer(await one.post(f"{one.base_url}chat/completions", cast_to=bytes, body=body))
         self._in_a_row, self._heard_at = 0, time.monotonic()
         self.limit = min(float(self.flags.concurrency), self.limit + 1 / self.limit)
         return answer
@@ -546,7 +553,10 @@ class Run:
         """Send all that is missing with a fixed number of workers. When that must end early, answers in flight are waited for: they are paid."""
         client, source = Client(self.flags), self._source()
         self.faults = client.faults
-        tasks = [asyncio.create_task(self._work(client, source)) for _ in range(self.flags.concurrency)]
+        tasks = []
+        for _ in range(self.flags.concurrency):
+            tasks.append(asyncio.create_task(self._work(client, source)))
+            await asyncio.sleep(0.0002)  # its first request leaves before the next worker makes its own
         done, running = set[asyncio.Task[None]](), set(tasks)
         have = self.count["texts"] - self.count["missing"]
         with tqdm(total=self.count["texts"], initial=have, desc=self.job.key, unit="text", mininterval=1) as bar:

@@ -155,7 +155,8 @@ class Connection(asyncio.Protocol):
         self.server.connections += 1
 
     def data_received(self, data: bytes) -> None:
-        self.buffer += data
+        loop = asyncio.get_running_loop()
+        arrived, self.buffer = loop.time(), self.buffer + data
         head, found, rest = self.buffer.partition(b"\r\n\r\n")
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
         length = int(fields.get(b"content-length", 0))
@@ -168,14 +169,14 @@ class Connection(asyncio.Protocol):
         self.server.active += 1
         self.server.most_active = max(self.server.most_active, self.server.active)
         delay = STALL if kind == "stall" else self.server.latency
-        asyncio.get_running_loop().call_later(delay, self.answer, body, kind)
+        loop.call_at(arrived + delay, self.answer, response(body, kind), kind)  # made ready at once: making it is part of the latency
 
-    def answer(self, body: Body, kind: str | None) -> None:
+    def answer(self, ready: bytes, kind: str | None) -> None:
         self.server.active -= 1
         if self.transport.is_closing():
             return
         if kind != "drop":
-            self.transport.write(response(body, kind))
+            self.transport.write(ready)
         if kind in ("drop", "truncated", "until closed"):
             self.transport.close()
 
