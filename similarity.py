@@ -7,6 +7,7 @@ the batch is an in-batch negative.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from torch.nn import functional
 
 from settings import Loss, Metric
 
-# Numbers gathered at once by `_Scorer.exact`: 32 MiB of float64.
-CHUNK = 2**22
-# Queries and candidates scored at once by `ranks` and `nearest`: 2 MiB of bf16 or 4 of float32 that stay in the cache while they are looked through.
-BLOCK_ROWS, BLOCK_COLUMNS = 256, 4096
+# Numbers gathered at once by `_Scorer.exact`: half a MiB of float64, which stays in the cache.
+CHUNK = 2**16
+# Queries and candidates scored at once by `ranks`: 2 MiB of bf16 or 4 of float32 that stay in the cache while they are looked through.
+BLOCK = 256, 4096
+# The same for `nearest`, which looks once, at the best of GROUP candidates and then only into groups whose best is good enough: 16 or 32 MiB.
+WIDE_BLOCK, GROUP = (512, 16384), 16
 # All pairs of a block of queries, which may all be in doubt where vectors have collapsed: some 20 bytes each.
 MOST_PAIRS = 2**25
 # bf16 products are kept while fewer than one score in so many is left in doubt: a look at one in float64 costs as much as some hundred products.
@@ -113,7 +116,7 @@ def ranks(queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor
         (n,) float64.
     """
     positives = torch.arange(len(queries)) if positives is None else positives
-    scorer = _Scorer(queries, candidates, metric)
+    scorer = _Scorer(queries, candidates, metric, BLOCK)
     found = torch.ones(len(queries), dtype=torch.float64)
     for rows in scorer.row_blocks():
         own, result = positives[rows], found[rows]
@@ -132,16 +135,16 @@ def _near_positive(scorer: _Scorer, rows: slice, columns: slice, own: Tensor, mi
     """How many of some columns are closer to each row than its positive or in doubt, and (row, column) of those in doubt."""
     low, high = scorer.bounds(rows, scorer.as_score(rows, mine))
     signed = bool((low <= 0).any())
-    keys = _ordered(scorer.scores(rows, columns), signed)
-    near = keys >= _ordered(low, signed)
+    keys = _ordered(scorer.scores(rows, columns), signed).numpy()
+    near = keys >= _ordered(low, signed).numpy()
     near[_own(own, columns)] = False
     count = np.add.reduce(near.view(np.uint8), axis=0, dtype=np.uint16).astype(np.int64)
     if count.sum() * 16 < near.size:  # the usual case: a look at the few is cheaper than another comparison of all
         column, row = np.divmod(np.flatnonzero(near), near.shape[1])
-        in_doubt = keys[column, row] <= _ordered(high, signed)[row]
+        in_doubt = keys[column, row] <= _ordered(high, signed).numpy()[row]
         row, column = row[in_doubt], column[in_doubt]
     else:
-        column, row = np.nonzero(near & (keys <= _ordered(high, signed)))
+        column, row = np.nonzero(near & (keys <= _ordered(high, signed).numpy()))
     if scorer.too_many(len(row), near.size):
         return _near_positive(scorer, rows, columns, own, mine)
     return count, torch.from_numpy(row), torch.from_numpy(column + columns.start)
@@ -162,7 +165,7 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, metric: Metric, exclude
     """
     if k > len(candidates) - (excluded is not None):
         raise ValueError(f"{k} neighbours wanted of {len(candidates)} candidates")
-    scorer = _Scorer(queries, candidates, metric)
+    scorer = _Scorer(queries, candidates, metric, WIDE_BLOCK)
     found_distances = torch.empty(len(queries), k, dtype=torch.float64)
     found = torch.empty(len(queries), k, dtype=torch.int64)
     for rows in scorer.row_blocks():
@@ -178,28 +181,41 @@ def _near_best(scorer: _Scorer, rows: slice, k: int, excluded: Tensor | None) ->
     n = rows.stop - rows.start
     kth = torch.full((n,), -torch.inf, dtype=torch.float64)  # a score that k candidates are known to reach
     row, column, value = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
-    for columns in scorer.column_blocks():
-        score, barred = scorer.scores(rows, columns), _own(excluded, columns)
-        score[barred] = -torch.inf
-        if len(score) > k and not torch.isfinite(kth).all():
-            groups = min(len(score), 16 * k)  # the k-th of the groups' best is a little below the k-th of all, and far sooner found
-            best = score[: len(score) // groups * groups].view(groups, -1, n).amax(dim=1)
-            kth = scorer.surely(rows, best.float().topk(k, dim=0).values[-1])
-        low = scorer.bounds(rows, kth)[0]
-        signed = bool((low <= 0).any())
-        near = _ordered(score, signed) >= _ordered(low, signed)
-        near[barred] = False
-        more_column, more_row = map(torch.from_numpy, np.divmod(np.flatnonzero(near), n))
-        if scorer.too_many((len(more_row) - n * k) // 8, near.size):  # most are dropped again without a look in float64
+    for number, columns in enumerate(scorer.column_blocks(), 1):
+        score = scorer.scores(rows, columns)
+        score[_own(excluded, columns)] = -torch.inf
+        groups = score.view(_group_size(len(score), k), -1, n)
+        if number == 1 and groups.shape[1] > k:  # the k-th of the groups' best is a little below the k-th of all, and far sooner found
+            kth = scorer.surely(rows, groups.amax(dim=0).float().topk(k, dim=0).values[-1])
+        member, group, more_row = _at_least(groups, scorer.bounds(rows, kth)[0])
+        if scorer.too_many((len(more_row) - n * k) // 8, score.numel()):  # most are dropped again without a look in float64
             return _near_best(scorer, rows, k, excluded)
-        row, column = torch.cat([row, more_row]), torch.cat([column, more_column + columns.start])
-        value = torch.cat([value, score[more_column, more_row].float()])
+        row, column = torch.cat([row, more_row]), torch.cat([column, member * groups.shape[1] + group + columns.start])
+        value = torch.cat([value, groups[member, group, more_row].float()])
         last = columns.stop == len(scorer.vectors[1])
-        if (last or len(row) > 8 * n * k) and bool((torch.bincount(row, minlength=n) >= k).all()):
+        if (last or not number & (number - 1) or len(row) > 8 * n * k) and bool((torch.bincount(row, minlength=n) >= k).all()):
             kth = torch.maximum(kth, scorer.surely(rows, _kth_best(value, row, n, k)))
             keep = value >= scorer.bounds(rows, kth)[0].float()[row]
             row, column, value = row[keep], column[keep], value[keep]
     return row, column
+
+
+def _group_size(candidates: int, k: int) -> int:
+    """How many candidates of a block are compared by the best of them: a divisor of their number that leaves many more groups than k."""
+    size = math.gcd(candidates, GROUP)
+    while size > 1 and candidates < 8 * k * size:
+        size //= 2
+    return size
+
+
+def _at_least(groups: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where scores (size, groups, rows) reach their row's `low` and are not -infinity. Only of groups whose best does is each member looked at."""
+    low = low.clamp_min(torch.finfo(low.dtype).min)
+    signed = bool((low <= 0).any())
+    keys, least = _ordered(groups, signed), _ordered(low, signed)
+    group, row = map(torch.from_numpy, np.divmod(np.flatnonzero(keys.amax(dim=0).numpy() >= least.numpy()), len(low)))
+    member, hit = torch.nonzero(keys[:, group, row] >= least[row], as_tuple=True)
+    return member, group[hit], row[hit]
 
 
 def _kth_best(value: Tensor, row: Tensor, rows: int, k: int) -> Tensor:
@@ -211,11 +227,11 @@ def _kth_best(value: Tensor, row: Tensor, rows: int, k: int) -> Tensor:
     return torch.arange(rows) * span - torch.from_numpy(ordered[place.numpy()]) - 1e-15 * rows * span
 
 
-def _ordered(scores: Tensor, signed: bool) -> Any:
-    """Numpy numbers in the order of some scores: these themselves, or the bits of bf16 as integers. Not `signed`: only numbers above 0 need be in order."""
+def _ordered(scores: Tensor, signed: bool) -> Tensor:
+    """Numbers in the order of some scores: these themselves, or the bits of bf16 as integers. Not `signed`: only numbers above 0 need be in order."""
     if scores.dtype != torch.bfloat16:
-        return scores.numpy()
-    bits = scores.view(torch.int16).numpy()
+        return scores
+    bits = scores.view(torch.int16)
     return bits ^ ((bits >> 15) & 0x7FFF) if signed else bits
 
 
@@ -300,21 +316,22 @@ class _Scorer:
     candidates fall inside it that float32 is faster. Rounding never reverses an order, so a bound on the unrounded score is rounded like a score.
     """
 
-    def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric) -> None:
+    def __init__(self, queries: Tensor, candidates: Tensor, metric: Metric, block: tuple[int, int]) -> None:
+        self.block = block
         extremes = [torch.stack(vectors.aminmax()) for vectors in (queries, candidates) if vectors.numel()]  # NaN where there is one
         if not all(torch.isfinite(pair).all() for pair in extremes):
             raise ValueError("vectors hold NaN or infinity: they have no ranks")
         self.unit = metric == "cosine"
         self.vectors, self.norms = (queries, candidates), (_norms(queries), _norms(candidates))
         size = 1.0 if self.unit else max((float(pair.abs().max()) for pair in extremes), default=0.0) or 1.0
-        sample = self._precise(1, slice(None, None, -(-len(candidates) // BLOCK_ROWS) or None))
+        sample = self._precise(1, slice(None, None, -(-len(candidates) // BLOCK[0]) or None))
         self.centre, self.scale = sample.sum(dim=0) / max(1, len(sample)), 1 / size  # roughly: any centre serves that takes a common offset away
         capabilities = torch.cpu.get_capabilities()
         self._prepare(torch.bfloat16 if capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False) else torch.float32)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Bring both sides into the form and precision that they are multiplied in."""
-        pairs = min(BLOCK_ROWS * BLOCK_COLUMNS, MOST_PAIRS, len(self.vectors[0]) * len(self.vectors[1]))
+        pairs = min(self.block[0] * self.block[1], MOST_PAIRS, len(self.vectors[0]) * len(self.vectors[1]))
         self.dtype, self.buffer = dtype, torch.empty(pairs, dtype=dtype)
         (self.queries, lengths, lost), (self.candidates, others, others_lost) = self._rounded(0), self._rounded(1)
         self.half_squares, halves = lengths.square() / 2, others.square() / 2
@@ -337,8 +354,8 @@ class _Scorer:
         count, d = self.vectors[which].shape
         rounded = torch.zeros(count, -(-(d + 2) // 32) * 32, dtype=self.dtype)  # whole cache lines
         lengths, lost = torch.empty(2, count, dtype=torch.float64)
-        for start in range(0, count, BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
+        for start in range(0, count, BLOCK[0]):
+            rows = slice(start, start + BLOCK[0])
             piece = self._precise(which, rows).sub_(self.centre).mul_(self.scale)
             lengths[rows] = torch.linalg.vector_norm(piece, dim=1)
             rounded[rows, :d] = piece
@@ -352,12 +369,13 @@ class _Scorer:
 
     def row_blocks(self) -> Iterator[slice]:
         """Cuts of the queries."""
-        step = max(1, min(BLOCK_ROWS, MOST_PAIRS // max(1, len(self.candidates))))
+        step = max(1, min(self.block[0], MOST_PAIRS // max(1, len(self.candidates))))
         return (slice(start, min(start + step, len(self.queries))) for start in range(0, len(self.queries), step))
 
     def column_blocks(self) -> Iterator[slice]:
         """Cuts of the candidates."""
-        return (slice(start, min(start + BLOCK_COLUMNS, len(self.candidates))) for start in range(0, len(self.candidates), BLOCK_COLUMNS))
+        step, count = self.block[1], len(self.candidates)
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def scores(self, rows: slice, columns: slice) -> Tensor:
         """(columns, rows) scores of some candidates for some queries, rounded; overwritten by the next call."""
@@ -395,7 +413,7 @@ class _Scorer:
             squares = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist").square_()[row, column - first]
         else:
             pairs = zip(torch.split(row, chunk), torch.split(column, chunk), strict=True)
-            squares = torch.cat([(queries[r] - self._precise(1, c)).square().sum(dim=1) for r, c in pairs])
+            squares = torch.cat([torch.linalg.vector_norm(queries[r].sub_(self._precise(1, c)), dim=1) for r, c in pairs]).square_()
         return squares / 2 if self.unit else squares
 
     def tolerance(self, one: Tensor, other: Tensor) -> Tensor:
@@ -409,7 +427,7 @@ class _Scorer:
 
 def _norms(vectors: Tensor) -> Tensor:
     """(n,) float64 lengths, at least 1e-12 to divide by, in pieces that stay in the cache."""
-    pieces = [torch.linalg.vector_norm(piece.double(), dim=1) for piece in torch.split(vectors, BLOCK_ROWS)]
+    pieces = [torch.linalg.vector_norm(piece.double(), dim=1) for piece in torch.split(vectors, BLOCK[0])]
     return torch.cat(pieces).clamp_min_(1e-12)
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -264,8 +265,8 @@ def vector_sets(draw_one: st.DrawFn) -> tuple[Tensor, Tensor]:
 def blocks(rows: int, columns: int, bf16: bool | None = None, few: int = similarity.FEW) -> Iterator[None]:
     """Blocks of another size; products first in bf16 or not, whatever the hardware; at most one in `few` scores left in doubt by it, 0: any number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "BLOCK_ROWS", rows)
-        patch.setattr(similarity, "BLOCK_COLUMNS", columns)
+        patch.setattr(similarity, "BLOCK", (rows, columns))
+        patch.setattr(similarity, "WIDE_BLOCK", (rows, columns))
         patch.setattr(similarity, "FEW", few)
         if bf16 is not None:
             patch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": bf16})
@@ -292,7 +293,8 @@ def test_nearest_are_exact(data: st.DataObject, metric: Metric) -> None:
     queries, candidates = data.draw(vector_sets())
     excluded = data.draw(st.none() | st.lists(st.integers(0, len(candidates) - 1), min_size=len(queries), max_size=len(queries)))
     k = data.draw(st.integers(1, len(candidates) - (excluded is not None)))
-    with blocks(*data.draw(ANY_BLOCKS)):
+    group = data.draw(st.sampled_from([1, 2, 16]))
+    with blocks(*data.draw(ANY_BLOCKS)), mock.patch.object(similarity, "_group_size", lambda candidates, k: math.gcd(candidates, group)):
         _, found = nearest(queries, candidates, k, metric, None if excluded is None else torch.tensor(excluded))
     for i, keys in enumerate(exact_keys(queries, candidates, metric)):
         allowed = [c for c in range(len(candidates)) if excluded is None or c != excluded[i]]
