@@ -1,8 +1,8 @@
 """The fast path of encoding and training: BERT-like and DeBERTa-v2 encoders over real tokens, with the results of transformers' own forward pass.
 
 Against a padded batch three things are saved.
-- Texts are sorted by length, and only those of nearly one length share a padded group: linear layers, norms and dropouts run over all groups' tokens as one
-  long array, attention over one group at a time.
+- Texts are sorted by length, and only those of nearly one length share a padded group (some 3 to 8% of it is padding): linear layers,
+  norms and dropouts run over all groups' tokens as one long array, attention over one group at a time.
 - DeBERTa multiplies queries and keys with the 2L - 1 rows of the relative-position table that can occur, not with all 512, and reads the scores as a view of
   fixed stride instead of gathering them.
 - On the CPU in bf16, where drawing dropout masks costs as much as the matrix products, a mask takes 16 random bits an element.
@@ -13,8 +13,9 @@ which is also the reference in the tests.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-# A text joins a group if it has at least this share of the tokens of the group's longest: about 5% of the tokens are padding.
-ALIKE = 0.88
-# Long batches are filled up to a multiple of so many tokens: oneDNN keeps code for every shape that it has met, and the heap goes to pieces between such.
-STEP = 64
+# oneDNN makes and keeps code for every shape that it meets, which costs time and memory all through a training run. So that few shapes occur, texts share a
+# group if their lengths round up to the same multiple of so many tokens, and a batch is filled up to a multiple too; to smaller ones where they are short.
+LENGTHS, TOKENS = 8, 64
 BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Texts of nearly one length, padded to the longest."""
+    """Texts of nearly one length, padded to the longest or a little more."""
 
     mask: Tensor  # (texts, length) bool, true at real tokens
     full: bool  # nothing is padded
@@ -48,7 +48,7 @@ class Packed:
     """A batch as one long array of tokens, group after group, then tokens of no text."""
 
     ids: Tensor  # (tokens,)
-    positions: Tensor  # (tokens,) 0, 1, ... in each text
+    positions: Tensor  # (tokens,) 0, 1, ... in each text, 0 where there is none
     groups: list[Group]
     order: Tensor  # (n,) place of text i among the groups' texts
 
@@ -77,17 +77,24 @@ def pack(ids: Sequence[Sequence[int]], fill: int, device: torch.device) -> Packe
     groups: list[Group] = []
     at = 0
     while at < len(order):
-        length = len(ids[order[at]])
-        members = [i for i in order[at:] if len(ids[i]) >= ALIKE * length]
+        step = min(LENGTHS, _power(len(ids[order[at]]) / 4))
+        length = -(-len(ids[order[at]]) // step) * step
+        members = [i for i in order[at:] if len(ids[i]) > length - step]
         for i in members:
-            flat += [*ids[i], *[fill] * (length - len(ids[i]))]
-            places += range(length)
+            filling = length - len(ids[i])
+            flat += [*ids[i], *[fill] * filling]
+            places += [*range(len(ids[i])), *[0] * filling]
         mask = torch.arange(length) < torch.tensor([len(ids[i]) for i in members])[:, None]
         groups.append(Group(mask.to(device), len(ids[members[-1]]) == length))
         at += len(members)
-    rest = -len(flat) % STEP if len(flat) > 16 * STEP else 0
+    rest = -len(flat) % min(TOKENS, _power(len(flat) / 16))
     flat, places = flat + [fill] * rest, places + [0] * rest
     return Packed(torch.tensor(flat, device=device), torch.tensor(places, device=device), groups, torch.tensor(order, device=device).argsort())
+
+
+def _power(number: float) -> int:
+    """The largest power of two that is not above a number; 1 for small ones."""
+    return int(2 ** math.floor(math.log2(max(1.0, number))))
 
 
 def hidden_states(model: Any, batch: Packed) -> tuple[Tensor, ...]:
@@ -206,6 +213,19 @@ class _Skew(torch.autograd.Function):
 
 
 _by_position: Any = _Skew.apply  # untyped
+
+
+@contextlib.contextmanager
+def sparse_gradients(model: Any) -> Iterator[None]:
+    """Gradients of embedding tables are added at the rows in use: a whole table for each part of a batch costs more than the part."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    try:
+        for table in tables:
+            table.sparse = True
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -31,6 +31,7 @@ import files
 from encoder import Encoder, uses_bf16
 from files import Journal, RunError, StopSignal, UserError
 from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
+from packed import sparse_gradients
 from parallel import ALONE, Group
 from settings import Settings
 from similarity import LossValues, contrastive_loss, ranks, spread
@@ -178,28 +179,27 @@ class _Trainer:
     def _backward(self, ids: Sequence[list[int]], total: int) -> tuple[LossValues, Tensor]:
         """The loss over all `total` texts of the batch, of which this process embeds `ids`, its gradients in the parameters, and all vectors.
 
-        With `texts_at_once` by gradient caching (Gao et al. 2021): vectors without activations, the loss's gradient by vector, and part by part the vectors
-        again, now with activations, to carry that gradient on to the parameters. The second pass takes the parts in the same order from the same random state,
-        so that each text meets the same dropout. Parts are of like length, which packs best.
+        With `texts_at_once` by gradient caching (Gao et al. 2021): of all parts but the first, vectors without activations; the loss's gradient by vector; and
+        part by part these vectors again, now with activations, to carry that gradient on to the parameters. The second time starts from the same random state,
+        so that each text meets the same dropout. Parts are of like length, which packs best; the first, whose activations are kept, is the largest.
         """
         order, most = sorted(range(len(ids)), key=lambda i: -len(ids[i])), self.settings.texts_at_once or len(ids)
-        parts = [order[at : at + most] for at in range(0, len(order), most)]
-        state = random_state(self.encoder.device)
-        with torch.set_grad_enabled(len(parts) == 1):
-            own = torch.cat([self._embed(ids, part) for part in parts])[torch.tensor(order, device=self.encoder.device).argsort()]
-        vectors = self.group.gather(own if len(parts) == 1 else own.requires_grad_(), total)
+        parts = [[ids[i] for i in order[at : at + most]] for at in range(0, len(order), most)]
+        device = self.encoder.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):  # brings each weight to bf16 once, here with gradient for the first part
+            first, state = self.encoder.forward(parts[0]).float(), random_state(device)
+            with torch.no_grad():
+                others = [self.encoder.forward(part).float() for part in parts[1:]]
+        own = torch.cat([first, *(other.requires_grad_() for other in others)])[torch.tensor(order, device=device).argsort()]
+        vectors = self.group.gather(own, total)
         values = self._loss(vectors[: total // 2], vectors[total // 2 :])
         values.loss.backward()  # type: ignore[no-untyped-call]
-        if len(parts) > 1:
-            assert own.grad is not None
-            set_random_state(self.encoder.device, state)
-            for part in parts:
-                self._embed(ids, part).backward(own.grad[part])  # type: ignore[no-untyped-call]
+        if others:
+            set_random_state(device, state)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), sparse_gradients(self.encoder.model):
+            for part, other in zip(parts[1:], others, strict=True):
+                self.encoder.forward(part).float().backward(other.grad)  # type: ignore[no-untyped-call]
         return values, vectors
-
-    def _embed(self, ids: Sequence[list[int]], part: list[int]) -> Tensor:
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.encoder.forward([ids[i] for i in part]).float()
 
     def _loss(self, anchors: Tensor, positives: Tensor) -> LossValues:
         s = self.settings

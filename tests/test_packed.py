@@ -106,10 +106,12 @@ def test_packing_keeps_every_token_once_and_pads_little(lengths: list[int]) -> N
         at = int(batch.order[i])
         assert rows[at][: len(text)] == text
         assert masks[at] == [k < len(text) for k in range(len(masks[at]))]
-        assert places[at] == list(range(len(masks[at])))
-        assert len(text) >= packed.ALIKE * len(masks[at])
+        filling = len(masks[at]) - len(text)
+        assert places[at] == [*range(len(text)), *[0] * filling]
+        assert filling == 0 or filling < min(packed.LENGTHS, len(masks[at]) / 4)
     held = sum(group.tokens for group in batch.groups)
-    assert len(batch.ids) == len(batch.positions) == (-(-held // packed.STEP) * packed.STEP if held > 16 * packed.STEP else held)
+    assert held <= len(batch.ids) == len(batch.positions) < held + max(1, min(packed.TOKENS, held / 16))
+    assert len(batch.ids) % packed.TOKENS == 0 or held < 16 * packed.TOKENS
     assert [group.full for group in batch.groups] == [bool(group.mask.all()) for group in batch.groups]
 
 
