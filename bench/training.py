@@ -109,17 +109,20 @@ def random_papers(count: int) -> list[Paper]:
     return [Paper(str(i), summaries=tuple(summaries[2 * i : 2 * i + 2])) for i in range(count)]
 
 
-def cached(folder: str | Path, batch: int, texts_at_once: int, steps: int, rounds: int) -> dict[str, Any]:
-    """The row of gradient caching beside one pass, both ours, each on its own copy of the model."""
+def cached(folder: str | Path, batch: int, parts: tuple[int, ...], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """The rows of gradient caching in so many parts beside one pass, all ours, each on its own copy of the model."""
     papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
-        runs = {most: ours(folder, papers, batch, Path(scratch), most)[0] for most in (texts_at_once, 0)}
+        runs = {number: ours(folder, papers, batch, Path(scratch), 2 * batch // number if number > 1 else 0)[0] for number in (*parts, 1)}
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(rounds):
-            for most, run_steps in runs.items():
-                best[most] = min(best[most], *run_steps(steps + 1)[1:])
-    unit = f"seconds a step of {batch} pairs, MiniLM, activations of {texts_at_once} texts at once"
-    return row("train_cached_vs_one_pass", "one pass", "this commit", best[texts_at_once], best[0], 0.71, batch=batch, unit=unit)
+            for number, run_steps in runs.items():
+                best[number] = min(best[number], *run_steps(steps + 1)[1:])
+    return [
+        row(f"train_cached_in_{number}_vs_one_pass", "one pass", "this commit", best[number], best[1], 0.71, batch=batch,
+            unit=f"seconds a step of {batch} pairs, MiniLM, activations of {2 * batch // number} of {2 * batch} texts at once")
+        for number in parts
+    ]  # fmt: skip
 
 
 def measure(name: str, folder: str | Path, batch: int, steps: int, rounds: int, peers: dict[str, tuple[bool, Any, float]]) -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
         "MiniLM", str(find_model(MINILM)), 32, 2 if quick else 6, 2 if quick else 3,
         {"train_minilm_vs_st_bf16": (True, None, 1.3), "train_minilm_vs_st": (False, None, 2.0)},
     )  # fmt: skip
-    found.append(cached(str(find_model(MINILM)), 64, 32, 1 if quick else 3, 2 if quick else 3))
+    found += cached(str(find_model(MINILM)), 64, (2, 4), 1 if quick else 3, 2 if quick else 3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = deberta_folder(Path(scratch))
         peers = {
