@@ -327,11 +327,9 @@ class SeenPapers:
 
 def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
     """(papers that are not in `seen`, how many were dropped for which reason)."""
-    kept: list[Paper] = []
-    dropped: Counter[str] = Counter()
+    kept, dropped = list[Paper](), Counter[str]()
     for paper in papers:
-        reason = seen.reason(paper)
-        if reason:
+        if reason := seen.reason(paper):
             dropped[reason] += 1
         else:
             kept.append(paper)
