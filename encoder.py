@@ -264,11 +264,7 @@ def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
 
 
 def choose_device(device: Device) -> torch.device:
-    """The device a setting names.
-
-    Raises:
-        UserError: "cuda" without a GPU that torch can use.
-    """
+    """The device a setting names. UserError: "cuda" without a GPU that torch can use."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU", "use --device cpu, or install torch's CUDA build")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -508,11 +504,7 @@ def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def select_task(encoder: Encoder, task: str) -> None:
-    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`).
-
-    Raises:
-        UserError: the model has no such task.
-    """
+    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`). UserError: the model has no such task."""
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
         raise UserError(f"model {encoder.name} has no adapter for the task {task}", "check that these are the model's own files")

@@ -346,11 +346,7 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
 
 
 def shard_slice(shard: str) -> slice:
-    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4).
-
-    Raises:
-        UserError: it is not written so.
-    """
+    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4). UserError: it is not written so."""
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
         raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")

@@ -50,11 +50,7 @@ class Evaluation:
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """The papers of an evaluation file: all have title and abstract, and there are at least two.
-
-    Raises:
-        UserError: see `load_data.read_papers`.
-    """
+    """The papers of an evaluation file: all have title and abstract, and there are at least two. UserError: see `load_data.read_papers`."""
     papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
     if len(papers) < 2:
         raise UserError(f"{path}: holds one paper only", "ranks need at least two")
@@ -390,11 +386,7 @@ def _sweep_lines(name: str, fits: Mapping[str, Any], published: Mapping[str, flo
 
 
 def _without_training_papers(papers: list[Paper], command: Command) -> tuple[list[Paper], dict[str, int]]:
-    """(papers that stand in none of the training files, training file -> how many of its papers were found).
-
-    Raises:
-        UserError: fewer than two papers are left.
-    """
+    """(papers that stand in none of the training files, training file -> how many of its papers were found). UserError: fewer than two papers are left."""
     dropped: dict[str, int] = {}
     kept = papers
     for path in command.trained_on:
@@ -477,11 +469,7 @@ def export_scirepeval(encoder: Encoder, folder: Path) -> None:
 
 
 def _published(name: str) -> dict[str, float]:
-    """The paper's figures of one of its models, by task.
-
-    Raises:
-        UserError: the paper has none for it.
-    """
+    """The paper's figures of one of its models, by task. UserError: the paper has none for it."""
     from baseline_models import RECIPES, find_recipe
 
     recipe = find_recipe(name)

@@ -107,11 +107,7 @@ def default_settings(profile: Profile) -> Settings:
 
 
 def parse_settings(args: Sequence[str] | None = None) -> Settings:
-    """Command line -> Settings with every open choice filled in.
-
-    Raises:
-        files.UserError: an unknown flag or a value out of range.
-    """
+    """Command line -> Settings with every open choice filled in. files.UserError: an unknown flag or a value out of range."""
     words = list(sys.argv[1:] if args is None else args)
     base = default_settings(_named_profile(words))
     return complete(files.parse_command_line(Settings, words, base))
