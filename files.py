@@ -414,10 +414,8 @@ class StopSignal:
 
     def raise_received(self) -> None:
         """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing came."""
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received == signal.SIGTERM:
-            raise Terminated
+        if self.received is not None:
+            raise KeyboardInterrupt if self.received == signal.SIGINT else Terminated
 
 
 def log_to_stderr(also: Path | None = None) -> None:

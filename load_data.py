@@ -359,8 +359,7 @@ def halves(abstract: str) -> tuple[str, str] | None:
     The earlier place wins a tie; the white space at the cut is dropped. None where there is no such place. The paper's own rule is unknown; this is ours.
     """
     text = abstract.strip()
-    places = [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]
-    if not places:
+    if not (places := [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]):
         return None
     start, end = min(places, key=lambda place: abs(place[0] - len(text) / 2))
     return text[:start], text[end:]
