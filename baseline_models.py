@@ -140,8 +140,7 @@ def find_recipe(name: str) -> Recipe | None:
     """The recipe that a recipe name (in any case) or a Hub id names; a model folder of that name comes first."""
     if (Path(name) / "config.json").is_file():
         return None
-    matches = [recipe for known, recipe in RECIPES.items() if name.casefold() in (known.casefold(), recipe.hub_id.casefold())]
-    return matches[0] if matches else None
+    return next((recipe for known, recipe in RECIPES.items() if name.casefold() in (known.casefold(), recipe.hub_id.casefold())), None)
 
 
 def title_separator(name: str, tokenizer: Any) -> str:
@@ -158,12 +157,13 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
     Raises:
         UserError: the model cannot be found, needs another environment or --trust-remote-code, or a flag contradicts its semcse.json.
     """
-    recipe = find_recipe(name)
-    if recipe:
+    if recipe := find_recipe(name):
         _check_environment(name, recipe, settings.trust_remote_code)
     origin, own = _own_usage(name, wanted)
-    if origin == "semcse.json":
-        _refuse_contradiction(name, own, wanted)
+    for key in ("metric", "pooling") if origin == "semcse.json" else ():
+        given = wanted.given().get(key)
+        if given and given != own[key]:
+            raise UserError(f"--{key} {given} contradicts {name}, which was trained with {key} {own[key]} (its semcse.json)", f"leave --{key} out")
     values = asdict(Usage(settings.pooling, settings.metric, settings.max_length)) | own
     origins = dict.fromkeys(values, "settings") | dict.fromkeys(own, origin)
     for key, given in wanted.given().items():
@@ -208,13 +208,6 @@ def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> No
         raise UserError(what, f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with .venv4/bin/python and --trust-remote-code")
     if recipe.remote_code and not trust_remote_code:
         raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
-
-
-def _refuse_contradiction(name: str, marker: dict[str, Any], wanted: Wanted) -> None:
-    for key in ("metric", "pooling"):
-        given = wanted.given().get(key)
-        if marker and given and given != marker[key]:
-            raise UserError(f"--{key} {given} contradicts {name}, which was trained with {key} {marker[key]} (its semcse.json)", f"leave --{key} out")
 
 
 def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, dict[str, str]]:

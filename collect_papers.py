@@ -244,8 +244,7 @@ class Collection:
 
     def offer(self, paper: Paper) -> None:
         """Keep a paper, or count why not."""
-        reason = why_not(paper, self.command, self.excluded, self.seen)
-        if reason:
+        if reason := why_not(paper, self.command, self.excluded, self.seen):
             self.dropped[reason] += 1
         else:
             self.seen.add(paper)

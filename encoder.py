@@ -89,11 +89,6 @@ class Encoder:
     bf16: bool = False  # embed in bf16 autocast instead of float32
 
     @property
-    def longest(self) -> int:
-        """Tokens that the model's position table allows."""
-        return _longest_input(self.model)
-
-    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
@@ -126,7 +121,7 @@ class Encoder:
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few different lengths keep the CPU kernels' caches small."""
-        longest = min(_rounded(max(map(len, ids))), self.longest)
+        longest = min(_rounded(max(map(len, ids))), _longest_input(self.model))
         padded = torch.tensor([[*row, *[self._fill] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
         return padded.to(self.device), mask.long().to(self.device)
@@ -269,11 +264,7 @@ def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
 
 
 def choose_device(device: Device) -> torch.device:
-    """The device a setting names.
-
-    Raises:
-        UserError: "cuda" without a GPU that torch can use.
-    """
+    """The device a setting names. UserError: "cuda" without a GPU that torch can use."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU", "use --device cpu, or install torch's CUDA build")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -395,8 +386,7 @@ def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dic
 
 def _read_max_length(folder: Path) -> dict[str, int]:
     """sentence-transformers before 6 writes `max_seq_length`, 6 leaves it to the tokenizer, where a huge number means none."""
-    places = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
-    for name, key in places.items():
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         longest = _json_or_empty(folder / name).get(key)
         if longest is not None:
             if type(longest) is not int or longest < 3:
@@ -444,8 +434,7 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
         raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
         raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
-    missing = sorted(key for key in loading["missing_keys"] if usage.pooling == "pooler" or not key.startswith("pooler."))
-    if missing:
+    if missing := sorted(key for key in loading["missing_keys"] if usage.pooling == "pooler" or not key.startswith("pooler.")):
         raise UserError(f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such as {missing[0]})", "check the files")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model {name} holds no tokenizer", "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder")
@@ -486,8 +475,7 @@ def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
     folder = Path(name) if Path(name).is_dir() else _hub_folder(name, ["adapter_config.json", "pytorch_adapter.bin"], revision)
     found = _json_or_empty(folder / "adapter_config.json").get("config")
     config: dict[str, Any] = found if isinstance(found, dict) else {"output_adapter": None}
-    other = [f"{key} is {config[key]}" for key, value in SEQ_BN.items() if config.get(key, value) != value]
-    if other:
+    if other := [f"{key} is {config[key]}" for key, value in SEQ_BN.items() if config.get(key, value) != value]:
         raise UserError(f"{folder / 'adapter_config.json'}: {other[0]}", "only bottleneck adapters of the kind seq_bn can be used here")
     activation: Any = get_activation  # untyped
     try:
@@ -509,19 +497,14 @@ def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """Layer number -> state of its bottleneck (0: down, 2: up). Every key must be one of these."""
     layers: dict[int, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        found = ADAPTER_KEY.fullmatch(key)
-        if not found:
+        if not (found := ADAPTER_KEY.fullmatch(key)):
             raise ValueError(f"has {key}")
         layers.setdefault(int(found[1]), {})[f"{0 if found[2] == 'down.0' else 2}.{found[3]}"] = tensor
     return layers
 
 
 def select_task(encoder: Encoder, task: str) -> None:
-    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`).
-
-    Raises:
-        UserError: the model has no such task.
-    """
+    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`). UserError: the model has no such task."""
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
         raise UserError(f"model {encoder.name} has no adapter for the task {task}", "check that these are the model's own files")

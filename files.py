@@ -223,11 +223,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file of ours.
-
-    Raises:
-        UserError: missing, unreadable or not JSON.
-    """
+    """Read one JSON file of ours. UserError: missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -318,11 +314,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def check_output_folder(output: Path) -> None:
-    """Refuse an output folder that is a file, or would stand below one.
-
-    Raises:
-        UserError: names --output-dir.
-    """
+    """Refuse an output folder that is a file, or would stand below one. UserError: names --output-dir."""
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"--output-dir {path}: is a file", "name a folder")
@@ -422,10 +414,8 @@ class StopSignal:
 
     def raise_received(self) -> None:
         """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing came."""
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received == signal.SIGTERM:
-            raise Terminated
+        if self.received is not None:
+            raise KeyboardInterrupt if self.received == signal.SIGINT else Terminated
 
 
 def log_to_stderr(also: Path | None = None) -> None:

@@ -327,11 +327,9 @@ class SeenPapers:
 
 def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
     """(papers that are not in `seen`, how many were dropped for which reason)."""
-    kept: list[Paper] = []
-    dropped: Counter[str] = Counter()
+    kept, dropped = list[Paper](), Counter[str]()
     for paper in papers:
-        reason = seen.reason(paper)
-        if reason:
+        if reason := seen.reason(paper):
             dropped[reason] += 1
         else:
             kept.append(paper)
@@ -348,11 +346,7 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
 
 
 def shard_slice(shard: str) -> slice:
-    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4).
-
-    Raises:
-        UserError: it is not written so.
-    """
+    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4). UserError: it is not written so."""
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
         raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
@@ -365,8 +359,7 @@ def halves(abstract: str) -> tuple[str, str] | None:
     The earlier place wins a tie; the white space at the cut is dropped. None where there is no such place. The paper's own rule is unknown; this is ours.
     """
     text = abstract.strip()
-    places = [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]
-    if not places:
+    if not (places := [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]):
         return None
     start, end = min(places, key=lambda place: abs(place[0] - len(text) / 2))
     return text[:start], text[end:]

@@ -92,6 +92,21 @@ def pack(ids: Sequence[Sequence[int]], fill: int, device: torch.device) -> Packe
     return Packed(torch.tensor(flat, device=device), torch.tensor(places, device=device), groups, torch.tensor(order, device=device).argsort())
 
 
+def parts(ids: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Places of all texts, longest first, in parts that hold no more tokens than the `most` longest texts together; in one part if `most` is 0."""
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    room = sum(len(ids[i]) for i in order[: most or None])
+    found: list[list[int]] = []
+    left = 0
+    for i in order:
+        if not found or len(ids[i]) > left:
+            found.append([])
+            left = room
+        found[-1].append(i)
+        left -= len(ids[i])
+    return found
+
+
 def _power(number: float) -> int:
     """The largest power of two that is not above a number; 1 for small ones."""
     return int(2 ** math.floor(math.log2(max(1.0, number))))

@@ -29,7 +29,7 @@ from load_data import Paper, SeenPapers, halves, read_papers
 from settings import Device, Metric, Pooling, Settings
 
 if TYPE_CHECKING:
-    from encoder import Encoder
+    from encoder import Embedded, Encoder
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,7 @@ class Evaluation:
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """The papers of an evaluation file: all have title and abstract, and there are at least two.
-
-    Raises:
-        UserError: see `load_data.read_papers`.
-    """
+    """The papers of an evaluation file: all have title and abstract, and there are at least two. UserError: see `load_data.read_papers`."""
     papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
     if len(papers) < 2:
         raise UserError(f"{path}: holds one paper only", "ranks need at least two")
@@ -70,49 +66,36 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
         seed: of the bootstrap and of the order in which exactly equal neighbours are taken.
         label: name on the progress bars; empty for none.
     """
-    embed = _Embedder(encoder, label)
+    usage = encoder.usage
+    done: list[Embedded] = []
+
+    def embed(texts: list[str], prompt: str, what: str) -> Any:
+        done.append(encoder.embed(texts, prompt, f"{label}: {what}" if label else ""))
+        return done[-1].vectors
+
     segments = [halves(paper.abstract) for paper in papers]
     whole = [i for i, pair in enumerate(segments) if pair]
     asked = [i for i, paper in enumerate(papers) if paper.query.strip()]
     started = time.perf_counter()
-    abstracts = embed.documents([paper.abstract for paper in papers], "abstracts")
-    titles = embed.queries([paper.title for paper in papers], "titles")
-    first = embed.documents([pair[0] for pair in segments if pair], "first halves")
-    second = embed.documents([pair[1] for pair in segments if pair], "second halves")
-    queries = embed.queries([papers[i].query for i in asked], "queries")
+    abstracts = embed([paper.abstract for paper in papers], usage.document_prompt, "abstracts")
+    titles = embed([paper.title for paper in papers], usage.query_prompt, "titles")
+    first = embed([pair[0] for pair in segments if pair], usage.document_prompt, "first halves")
+    second = embed([pair[1] for pair in segments if pair], usage.document_prompt, "second halves")
+    queries = embed([papers[i].query for i in asked], usage.query_prompt, "queries")
     embedded = time.perf_counter()
     everything = list(range(len(papers)))
     results = {
-        "title_abstract": _matching(titles, abstracts, everything, everything, encoder.usage.metric, len(papers)),
-        "abstract_segments": _matching(first, second, whole, list(range(len(whole))), encoder.usage.metric, len(papers)),
-        "query": _matching(queries, abstracts, asked, asked, encoder.usage.metric, len(papers)),
-        "clustering": _clustering(abstracts, [paper.field for paper in papers], encoder.usage.metric, seed),
+        "title_abstract": _matching(titles, abstracts, everything, everything, usage.metric, len(papers)),
+        "abstract_segments": _matching(first, second, whole, list(range(len(whole))), usage.metric, len(papers)),
+        "query": _matching(queries, abstracts, asked, asked, usage.metric, len(papers)),
+        "clustering": _clustering(abstracts, [paper.field for paper in papers], usage.metric, seed),
     }
     tasks = {name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()}
     tasks["abstract_segments"]["left_out"] = len(papers) - len(whole)
     seconds = {"embedding": round(embedded - started, 3), "tasks": round(time.perf_counter() - embedded, 3)}
-    report = {"tasks": tasks, "n_papers": len(papers), "truncated_share": round(embed.cut / embed.texts, 6), "seconds": seconds}
+    truncated = sum(one.cut for one in done) / sum(len(one.vectors) for one in done)
+    report = {"tasks": tasks, "n_papers": len(papers), "truncated_share": round(truncated, 6), "seconds": seconds}
     return Evaluation(report, {name: values for name, (_, values) in results.items()}, abstracts)
-
-
-class _Embedder:
-    """Embeds texts in their role and keeps count of those cut."""
-
-    def __init__(self, encoder: Encoder, label: str) -> None:
-        self.encoder, self.label = encoder, label
-        self.cut = self.texts = 0
-
-    def documents(self, texts: list[str], what: str) -> Any:
-        return self._embed(texts, self.encoder.usage.document_prompt, what)
-
-    def queries(self, texts: list[str], what: str) -> Any:
-        return self._embed(texts, self.encoder.usage.query_prompt, what)
-
-    def _embed(self, texts: list[str], prompt: str, what: str) -> Any:
-        embedded = self.encoder.embed(texts, prompt, f"{self.label}: {what}" if self.label else "")
-        self.cut += embedded.cut
-        self.texts += len(texts)
-        return embedded.vectors
 
 
 def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[int], metric: Metric, papers: int) -> tuple[dict[str, Any], Values]:
@@ -403,11 +386,7 @@ def _sweep_lines(name: str, fits: Mapping[str, Any], published: Mapping[str, flo
 
 
 def _without_training_papers(papers: list[Paper], command: Command) -> tuple[list[Paper], dict[str, int]]:
-    """(papers that stand in none of the training files, training file -> how many of its papers were found).
-
-    Raises:
-        UserError: fewer than two papers are left.
-    """
+    """(papers that stand in none of the training files, training file -> how many of its papers were found). UserError: fewer than two papers are left."""
     dropped: dict[str, int] = {}
     kept = papers
     for path in command.trained_on:
@@ -490,11 +469,7 @@ def export_scirepeval(encoder: Encoder, folder: Path) -> None:
 
 
 def _published(name: str) -> dict[str, float]:
-    """The paper's figures of one of its models, by task.
-
-    Raises:
-        UserError: the paper has none for it.
-    """
+    """The paper's figures of one of its models, by task. UserError: the paper has none for it."""
     from baseline_models import RECIPES, find_recipe
 
     recipe = find_recipe(name)

@@ -46,7 +46,7 @@ class Settings:
     margin: float | None = None  # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.1 cosine [ours]
     temperature: float | None = None  # InfoNCE temperature in units of the distance; None: 0.25 euclidean [ours], 0.07 cosine [A]
     batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
-    texts_at_once: int = 0  # texts (two a pair) whose activations a step keeps in memory; 0: all; fewer take 1.3 to 1.7 x the time, same gradients [ours]
+    texts_at_once: int = 0  # texts (two a pair) whose activations a step keeps in memory; 0: all; fewer take up to 1.5 x the time, same gradients [ours]
     joined_share: float = 0.0  # share of the pairs whose positive is all other summaries of the paper in one text, as long as abstracts are; 0: none [A: none]
     max_steps: int = 40_000  # optimizer steps at most [A: 40 epochs of 1,000 batches]
     learning_rate: float = 2e-5  # AdamW's peak learning rate [A]
@@ -107,11 +107,7 @@ def default_settings(profile: Profile) -> Settings:
 
 
 def parse_settings(args: Sequence[str] | None = None) -> Settings:
-    """Command line -> Settings with every open choice filled in.
-
-    Raises:
-        files.UserError: an unknown flag or a value out of range.
-    """
+    """Command line -> Settings with every open choice filled in. files.UserError: an unknown flag or a value out of range."""
     words = list(sys.argv[1:] if args is None else args)
     base = default_settings(_named_profile(words))
     return complete(files.parse_command_line(Settings, words, base))

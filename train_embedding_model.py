@@ -31,7 +31,7 @@ import files
 from encoder import Encoder, uses_bf16
 from files import Journal, RunError, StopSignal, UserError
 from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
-from packed import sparse_gradients
+from packed import parts, sparse_gradients
 from parallel import ALONE, Group
 from settings import Settings
 from similarity import LossValues, contrastive_loss, ranks, spread
@@ -181,23 +181,23 @@ class _Trainer:
 
         With `texts_at_once` by gradient caching (Gao et al. 2021): of all parts but the first, vectors without activations; the loss's gradient by vector; and
         part by part these vectors again, now with activations, to carry that gradient on to the parameters. The second time starts from the same random state,
-        so that each text meets the same dropout. Parts are of like length, which packs best; the first, whose activations are kept, is the largest.
+        so that each text meets the same dropout. Parts are of like length, which packs best; the first, whose activations are kept, is the longest.
         """
-        order, most = sorted(range(len(ids)), key=lambda i: -len(ids[i])), self.settings.texts_at_once or len(ids)
-        parts = [[ids[i] for i in order[at : at + most]] for at in range(0, len(order), most)]
-        device = self.encoder.device
+        places, device = parts(ids, self.settings.texts_at_once), self.encoder.device
+        texts = [[ids[i] for i in part] for part in places]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):  # brings each weight to bf16 once, here with gradient for the first part
-            first, state = self.encoder.forward(parts[0]).float(), random_state(device)
+            first, state = self.encoder.forward(texts[0]).float(), random_state(device)
             with torch.no_grad():
-                others = [self.encoder.forward(part).float() for part in parts[1:]]
-        own = torch.cat([first, *(other.requires_grad_() for other in others)])[torch.tensor(order, device=device).argsort()]
+                others = [self.encoder.forward(part).float() for part in texts[1:]]
+        order = torch.tensor([i for part in places for i in part], device=device)
+        own = torch.cat([first, *(other.requires_grad_() for other in others)])[order.argsort()]
         vectors = self.group.gather(own, total)
         values = self._loss(vectors[: total // 2], vectors[total // 2 :])
         values.loss.backward()  # type: ignore[no-untyped-call]
         if others:
             set_random_state(device, state)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), sparse_gradients(self.encoder.model):
-            for part, other in zip(parts[1:], others, strict=True):
+            for part, other in zip(texts[1:], others, strict=True):
                 self.encoder.forward(part).float().backward(other.grad)  # type: ignore[no-untyped-call]
         return values, vectors
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_training import assert_same_tensors, load, make_settings, toy_papers, without_dropout
 from torch import Tensor, nn
 
 from load_data import batch_pairs
+from packed import parts
 from parallel import ALONE
 from similarity import contrastive_loss
 from train_embedding_model import _Trainer
@@ -65,7 +68,7 @@ def backward_counted(trainer: _Trainer, ids: Sequence[list[int]]) -> tuple[Any, 
 
 
 def test_loss_and_gradients_equal_one_pass_in_a_part_of_its_memory(lively_bert: Path) -> None:
-    """Parts of 3, of 10 (the last one smaller) and of more texts than there are, without dropout."""
+    """Parts as large as 3, as 10 (the last one smaller) and as more texts than there are, without dropout."""
     whole, ids = trainer_of(lively_bert, 0)
     without_dropout(whole.encoder)
     loss, memory = backward_counted(whole, ids)
@@ -81,6 +84,20 @@ def test_loss_and_gradients_equal_one_pass_in_a_part_of_its_memory(lively_bert: 
     assert shares[2] == 1
 
 
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(0, 45))
+def test_parts_hold_every_text_once_and_no_more_tokens_than_the_longest_texts(lengths: list[int], most: int) -> None:
+    ids = [[7] * length for length in lengths]
+    found = parts(ids, most)
+    assert sorted(i for part in found for i in part) == list(range(len(ids)))
+    assert [len(ids[i]) for part in found for i in part] == sorted(lengths, reverse=True)
+    room = sum(sorted(lengths, reverse=True)[: most or None])
+    tokens = [sum(lengths[i] for i in part) for part in found]
+    assert max(tokens) <= room
+    assert all(before + lengths[part[0]] > room for before, part in zip(tokens, found[1:], strict=False))  # none could have been longer
+    if most == 0 or most >= len(ids):
+        assert len(found) == 1
+
+
 def test_both_passes_meet_the_same_dropout(lively_bert: Path) -> None:
     """With dropout: as if the parts were embedded one after the other with gradient, under one joint loss; the random state ends where it does there."""
     trainer, ids = trainer_of(lively_bert, 5)
@@ -90,10 +107,9 @@ def test_both_passes_meet_the_same_dropout(lively_bert: Path) -> None:
 
     reference, _ = trainer_of(lively_bert, 0)
     torch.manual_seed(7)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     rows: dict[int, Tensor] = {}
-    for at in range(0, len(ids), 5):
-        rows |= zip(order[at : at + 5], reference.encoder.forward([ids[i] for i in order[at : at + 5]]), strict=True)
+    for part in parts(ids, 5):
+        rows |= zip(part, reference.encoder.forward([ids[i] for i in part]), strict=True)
     expected = torch.stack([rows[i] for i in range(len(ids))])
     margin, temperature = reference.settings.margin, reference.settings.temperature
     assert margin is not None
