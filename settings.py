@@ -46,7 +46,7 @@ class Settings:
     margin: float | None = None  # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.1 cosine [ours]
     temperature: float | None = None  # InfoNCE temperature in units of the distance; None: 0.25 euclidean [ours], 0.07 cosine [A]
     batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
-    texts_at_once: int = 0  # texts (two a pair) whose activations a step keeps in memory; 0: all; fewer take up to 1.5 x the time, same gradients [ours]
+    texts_at_once: int = 0  # texts (two a pair) whose activations a step keeps in memory; 0: all; a quarter of them takes 1.4 x the time, same gradients [ours]
     joined_share: float = 0.0  # share of the pairs whose positive is all other summaries of the paper in one text, as long as abstracts are; 0: none [A: none]
     max_steps: int = 40_000  # optimizer steps at most [A: 40 epochs of 1,000 batches]
     learning_rate: float = 2e-5  # AdamW's peak learning rate [A]
