@@ -1,8 +1,8 @@
 """The fast path of encoding and training: BERT-like and DeBERTa-v2 encoders over real tokens, with the results of transformers' own forward pass.
 
 Against a padded batch three things are saved.
-- Texts are sorted by length, and only those of nearly one length share a padded group (some 3 to 8% of it is padding): linear layers,
-  norms and dropouts run over all groups' tokens as one long array, attention over one group at a time.
+- Texts are sorted by length, and only those of nearly one length share a padded group, of which 2% (abstracts) to 9% (summaries) is padding:
+  linear layers, norms and dropouts run over all groups' tokens as one long array, attention over one group at a time.
 - DeBERTa multiplies queries and keys with the 2L - 1 rows of the relative-position table that can occur, not with all 512, and reads the scores as a view of
   fixed stride instead of gathering them.
 - On the CPU in bf16, where drawing dropout masks costs as much as the matrix products, a mask takes 16 random bits an element.
