@@ -1,7 +1,10 @@
-"""How each known model is loaded, pooled, prompted and compared: the recipes, and who wins when flag, model folder and recipe disagree.
+"""How each known model is loaded, pooled, prompted and compared: the recipes, and who wins when
+flag, model folder and recipe disagree.
 
-The order is: flag > `semcse.json` in the model's folder > recipe here > the folder's sentence-transformers files > settings. A flag that contradicts
-`semcse.json` is refused, because such a model was trained for that metric and pooling; on any other model it is allowed, printed and recorded.
+The order is: flag > `semcse.json` in the model's folder > recipe here > the folder's
+sentence-transformers files > settings. A flag that contradicts `semcse.json` is refused, because
+such a model was trained for that metric and pooling; on any other model it is allowed, printed and
+recorded.
 """
 
 from __future__ import annotations
@@ -13,20 +16,37 @@ from typing import Any
 
 import transformers
 
-from encoder import BUNDLED_HUB_ID, Encoder, Usage, add_adapter, find_model, load_encoder, read_marker, read_sentence_transformers, select_task, small_files
+from encoder import (
+    BUNDLED_HUB_ID,
+    Encoder,
+    Usage,
+    add_adapter,
+    find_model,
+    load_encoder,
+    read_marker,
+    read_sentence_transformers,
+    select_task,
+    small_files,
+)
 from files import UserError
 from settings import Metric, Pooling, Settings
 
 log = logging.getLogger(__name__)
 
 TRANSFORMERS_4 = "transformers==4.57.6"
-# The one command that makes an environment for the models whose own code does not run on transformers 5.
-MAKE_ENVIRONMENT = "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13.0 numpy==2.4.6 tqdm==4.70.1 tyro==1.0.17"
+# The one command that makes an environment for the models whose own code does not run on
+# transformers 5.
+MAKE_ENVIRONMENT = (
+    "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13.0 numpy==2.4.6 tqdm==4.70.1"
+    " tyro==1.0.17"
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model as its authors use it; the benchmark embeds texts alone, whatever `title_first` says. "unknown" is what no source we could read says."""
+    """A model as its authors use it; the benchmark embeds texts alone, whatever `title_first` says.
+    "unknown" is what no source we could read says.
+    """
 
     hub_id: str
     usage: Usage
@@ -38,89 +58,178 @@ class Recipe:
     base: str = ""  # recipe of the model that it is an adapter of
     task: str = ""  # which of its own LoRA adapters is used
     title_first: bool = False  # a paper goes in as title, the tokenizer's separator, abstract
-    published: tuple[float, float, float, float] | None = None  # the paper's own table: mean ranks of titles, segments and queries; clustering
+    # the paper's own table: mean ranks of titles, segments and queries; clustering
+    published: tuple[float, float, float, float] | None = None
 
 
 def _instruct(before_text: str) -> str:
-    return f"Instruct: Given the title of a scientific paper or a search query, retrieve the abstract of the paper\nQuery:{before_text}"
+    return (
+        "Instruct: Given the title of a scientific paper or a search query, retrieve the abstract"
+        f" of the paper\nQuery:{before_text}"
+    )
 
 
-# Recipe name -> recipe. Max length 512 where the authors name none. The wording of the task in instructions is ours.
+# Recipe name -> recipe. Max length 512 where the authors name none. The wording of the task in
+# instructions is ours.
 RECIPES: dict[str, Recipe] = {
     "SemCSE": Recipe(
-        "CLAUSE-Bielefeld/SemCSE", Usage("cls", "euclidean", 512), "model card; revision of a public reproduction",
-        revision="d9b1d2858aafc41bc3061854332a490a41ada83e", published=(2.47, 2.68, 1.23, 0.739),
+        "CLAUSE-Bielefeld/SemCSE",
+        Usage("cls", "euclidean", 512),
+        "model card; revision of a public reproduction",
+        revision="d9b1d2858aafc41bc3061854332a490a41ada83e",
+        published=(2.47, 2.68, 1.23, 0.739),
     ),
-    "SemCSE_cosine": Recipe("CLAUSE-Bielefeld/SemCSE_cosine", Usage("cls", "cosine", 512), "authors' main.py and public use; the card could not be read"),
+    "SemCSE_cosine": Recipe(
+        "CLAUSE-Bielefeld/SemCSE_cosine",
+        Usage("cls", "cosine", 512),
+        "authors' main.py and public use; the card could not be read",
+    ),
     "SciBERT": Recipe(
-        "allenai/scibert_scivocab_uncased", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe",
-        title_first=True, published=(807.74, 214.37, 213.45, 0.569),
+        "allenai/scibert_scivocab_uncased",
+        Usage("cls", "euclidean", 512),
+        "SciRepEval's convention; no official embedding recipe",
+        title_first=True,
+        published=(807.74, 214.37, 213.45, 0.569),
     ),
     "SciDeBERTa": Recipe(
-        "KISTI-AI/Scideberta-full", Usage("cls", "euclidean", 512), "SciRepEval's convention; no official embedding recipe", "cc-by-2.0",
-        title_first=True, published=(1479.09, 861.55, 2465.26, 0.46),
+        "KISTI-AI/Scideberta-full",
+        Usage("cls", "euclidean", 512),
+        "SciRepEval's convention; no official embedding recipe",
+        "cc-by-2.0",
+        title_first=True,
+        published=(1479.09, 861.55, 2465.26, 0.46),
     ),
     "SPECTER": Recipe(
-        "allenai/specter", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval",
-        title_first=True, published=(10.25, 12.23, 2.18, 0.692),
+        "allenai/specter",
+        Usage("cls", "euclidean", 512),
+        "model card; metric as SciRepEval",
+        title_first=True,
+        published=(10.25, 12.23, 2.18, 0.692),
     ),
     "SciNCL": Recipe(
-        "malteos/scincl", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval, SemCSE's authors later took cosine",
-        title_first=True, published=(5.68, 7.35, 2.29, 0.702),
+        "malteos/scincl",
+        Usage("cls", "euclidean", 512),
+        "model card; metric as SciRepEval, SemCSE's authors later took cosine",
+        title_first=True,
+        published=(5.68, 7.35, 2.29, 0.702),
     ),
     "SPECTER2_base": Recipe(
-        "allenai/specter2_base", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
-        "3447645e1def9117997203454fa4495937bfbd83", title_first=True, published=(4.52, 5.1, 1.17, 0.666),
+        "allenai/specter2_base",
+        Usage("cls", "euclidean", 512),
+        "model card; metric as SciRepEval; revision of public code",
+        "apache-2.0",
+        "3447645e1def9117997203454fa4495937bfbd83",
+        title_first=True,
+        published=(4.52, 5.1, 1.17, 0.666),
     ),
     "SPECTER2_proximity": Recipe(
-        "allenai/specter2", Usage("cls", "euclidean", 512), "model card; metric as SciRepEval; revision of public code", "apache-2.0",
-        "2081559630a80fc5851d8f798a05ba81e9468089", base="SPECTER2_base", title_first=True, published=(5.34, 5.8, 1.46, 0.666),
+        "allenai/specter2",
+        Usage("cls", "euclidean", 512),
+        "model card; metric as SciRepEval; revision of public code",
+        "apache-2.0",
+        "2081559630a80fc5851d8f798a05ba81e9468089",
+        base="SPECTER2_base",
+        title_first=True,
+        published=(5.34, 5.8, 1.46, 0.666),
     ),
     "all-MiniLM-L6-v2": Recipe(
-        BUNDLED_HUB_ID, Usage("mean", "cosine", 256, normalize=True), "its sentence-transformers files", "apache-2.0",
+        BUNDLED_HUB_ID,
+        Usage("mean", "cosine", 256, normalize=True),
+        "its sentence-transformers files",
+        "apache-2.0",
         published=(3.09, 8.19, 1.11, 0.73),
     ),
     "Jina-v2": Recipe(
-        "jinaai/jina-embeddings-v2-base-en", Usage("mean", "cosine", 8192), "model card; revision as MTEB", "apache-2.0",
-        "6e85f575bc273f1fd840a658067d0157933c83f0", remote_code=True, environment=TRANSFORMERS_4, published=(3.29, 8.77, 1.29, 0.703),
+        "jinaai/jina-embeddings-v2-base-en",
+        Usage("mean", "cosine", 8192),
+        "model card; revision as MTEB",
+        "apache-2.0",
+        "6e85f575bc273f1fd840a658067d0157933c83f0",
+        remote_code=True,
+        environment=TRANSFORMERS_4,
+        published=(3.29, 8.77, 1.29, 0.703),
     ),
     "Jina-v3": Recipe(
-        "jinaai/jina-embeddings-v3", Usage("mean", "cosine", 8192, normalize=True), "model card; revision as MTEB; the choice of the task is ours",
-        "cc-by-nc-4.0", "215a6e121fa0183376388ac6b1ae230326bfeaed", remote_code=True, environment=f"{TRANSFORMERS_4} einops", task="text-matching",
+        "jinaai/jina-embeddings-v3",
+        Usage("mean", "cosine", 8192, normalize=True),
+        "model card; revision as MTEB; the choice of the task is ours",
+        "cc-by-nc-4.0",
+        "215a6e121fa0183376388ac6b1ae230326bfeaed",
+        remote_code=True,
+        environment=f"{TRANSFORMERS_4} einops",
+        task="text-matching",
         published=(3.45, 6.96, 1.01, 0.719),
     ),
     "SimCSE": Recipe(
-        "princeton-nlp/sup-simcse-roberta-large", Usage("pooler", "cosine", 128), "authors' tool, its default length too; that the paper means sup- is a guess",
+        "princeton-nlp/sup-simcse-roberta-large",
+        Usage("pooler", "cosine", 128),
+        "authors' tool, its default length too; that the paper means sup- is a guess",
         published=(23.71, 44.24, 8.92, 0.696),
     ),
     "NV-Embed-v2": Recipe(
-        "nvidia/NV-Embed-v2", Usage("own", "cosine", 32768, query_prompt=_instruct(" ")), "model card; revision as MTEB", "cc-by-nc-4.0",
-        "7604d305b621f14095a1aa23d351674c2859553a", remote_code=True, environment="transformers==4.42.4", published=(3.38, 3.84, 1.02, 0.721),
+        "nvidia/NV-Embed-v2",
+        Usage("own", "cosine", 32768, query_prompt=_instruct(" ")),
+        "model card; revision as MTEB",
+        "cc-by-nc-4.0",
+        "7604d305b621f14095a1aa23d351674c2859553a",
+        remote_code=True,
+        environment="transformers==4.42.4",
+        published=(3.38, 3.84, 1.02, 0.721),
     ),
     "granite-embedding-english-r2": Recipe(
-        "ibm-granite/granite-embedding-english-r2", Usage("cls", "cosine", 8192), "model card; revision as MTEB", "apache-2.0",
+        "ibm-granite/granite-embedding-english-r2",
+        Usage("cls", "cosine", 8192),
+        "model card; revision as MTEB",
+        "apache-2.0",
         "6e7b8ce0e76270394ac4669ba4bbd7133b60b7f9",
     ),
     "gte-modernbert-base": Recipe(
-        "Alibaba-NLP/gte-modernbert-base", Usage("cls", "cosine", 8192), "model card; revision of public code (MTEB's is gone)", "apache-2.0",
+        "Alibaba-NLP/gte-modernbert-base",
+        Usage("cls", "cosine", 8192),
+        "model card; revision of public code (MTEB's is gone)",
+        "apache-2.0",
         "e7f32e3c00f91d699e8c43b53106206bcc72bb22",
     ),
-    "SciEmbed": Recipe("J0nasW/sciembed-full", Usage("mean", "cosine", 512), "its release; metric unsaid, so sentence-transformers' default", "mit"),
-    "Qwen3-Embedding-0.6B": Recipe(
-        "Qwen/Qwen3-Embedding-0.6B", Usage("last", "cosine", 32768, query_prompt=_instruct("")), "model card; a revision whose tokenizer closes each text",
-        "apache-2.0", "97b0c614be4d77ee51c0cef4e5f07c00f9eb65b3",
+    "SciEmbed": Recipe(
+        "J0nasW/sciembed-full",
+        Usage("mean", "cosine", 512),
+        "its release; metric unsaid, so sentence-transformers' default",
+        "mit",
     ),
-}  # fmt: skip
+    "Qwen3-Embedding-0.6B": Recipe(
+        "Qwen/Qwen3-Embedding-0.6B",
+        Usage("last", "cosine", 32768, query_prompt=_instruct("")),
+        "model card; a revision whose tokenizer closes each text",
+        "apache-2.0",
+        "97b0c614be4d77ee51c0cef4e5f07c00f9eb65b3",
+    ),
+}
 
 
 def list_of_models() -> str:
     """The recipes as an aligned table, one a line."""
-    rows = [("name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence")]
+    rows = [
+        ("name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence")
+    ]
     for name, one in RECIPES.items():
         usage, code = one.usage, "yes" if one.remote_code else "no"
-        rows.append((name, one.hub_id, usage.pooling, usage.metric, str(usage.max_length), code, one.environment or "-", one.licence))
+        rows.append(
+            (
+                name,
+                one.hub_id,
+                usage.pooling,
+                usage.metric,
+                str(usage.max_length),
+                code,
+                one.environment or "-",
+                one.licence,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)
@@ -137,25 +246,39 @@ class Wanted:
 
 
 def find_recipe(name: str) -> Recipe | None:
-    """The recipe that a recipe name (in any case) or a Hub id names; a model folder of that name comes first."""
+    """The recipe that a recipe name (in any case) or a Hub id names; a model folder of that name
+    comes first.
+    """
     if (Path(name) / "config.json").is_file():
         return None
-    return next((recipe for known, recipe in RECIPES.items() if name.casefold() in (known.casefold(), recipe.hub_id.casefold())), None)
+    return next(
+        (
+            recipe
+            for known, recipe in RECIPES.items()
+            if name.casefold() in (known.casefold(), recipe.hub_id.casefold())
+        ),
+        None,
+    )
 
 
 def title_separator(name: str, tokenizer: Any) -> str:
-    """What stands between title and abstract where they are one text: the tokenizer's separator where the recipe says so, else a space as in MTEB."""
+    """What stands between title and abstract where they are one text: the tokenizer's separator
+    where the recipe says so, else a space as in MTEB.
+    """
     recipe = find_recipe(name)
     return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
 
 
 def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict[str, str]]:
-    """How a model shall be used, and where each part of that was read ("flag", "semcse.json", "recipe", "sentence-transformers files", "settings").
+    """How a model shall be used, and where each part of that was read ("flag", "semcse.json",
+    "recipe", "sentence-transformers files", "settings").
 
-    A model that scales its vectors to length 1 and is switched to another metric by flag is compared by its raw vectors.
+    A model that scales its vectors to length 1 and is switched to another metric by flag is
+    compared by its raw vectors.
 
     Raises:
-        UserError: the model cannot be found, needs another environment or --trust-remote-code, or a flag contradicts its semcse.json.
+        UserError: the model cannot be found, needs another environment or --trust-remote-code, or a
+            flag contradicts its semcse.json.
     """
     if recipe := find_recipe(name):
         _check_environment(name, recipe, settings.trust_remote_code)
@@ -163,7 +286,11 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
     for key in ("metric", "pooling") if origin == "semcse.json" else ():
         given = wanted.given().get(key)
         if given and given != own[key]:
-            raise UserError(f"--{key} {given} contradicts {name}, which was trained with {key} {own[key]} (its semcse.json)", f"leave --{key} out")
+            raise UserError(
+                f"--{key} {given} contradicts {name}, which was trained with {key} {own[key]} (its"
+                " semcse.json)",
+                f"leave --{key} out",
+            )
     values = asdict(Usage(settings.pooling, settings.metric, settings.max_length)) | own
     origins = dict.fromkeys(values, "settings") | dict.fromkeys(own, origin)
     for key, given in wanted.given().items():
@@ -175,7 +302,9 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
 
 
 def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
-    """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a model that says nothing."""
+    """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a
+    model that says nothing.
+    """
     recipe = find_recipe(name)
     folder = _small_files(name, recipe)
     marker = read_marker(folder) if folder else None
@@ -188,7 +317,9 @@ def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
 
 
 def _small_files(name: str, recipe: Recipe | None) -> Path | None:
-    """The folder of a model's JSON files; None for a recipe's model on the Hub, which is not asked: no published model has our marker."""
+    """The folder of a model's JSON files; None for a recipe's model on the Hub, which is not asked:
+    no published model has our marker.
+    """
     source = find_model(_whole(recipe).hub_id if recipe else name)
     return None if recipe and not isinstance(source, Path) else small_files(source)
 
@@ -201,17 +332,31 @@ def _whole(recipe: Recipe) -> Recipe:
 def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> None:
     """Refuse what cannot or may not run here, before anything is downloaded."""
     if recipe.usage.pooling == "own":
-        what = f"model {name} pools by its own code, which needs {recipe.environment} and is not run here"
+        what = (
+            f"model {name} pools by its own code, which needs {recipe.environment} and is not run"
+            " here"
+        )
         raise UserError(what, f"embed with its authors' code, as the card of {recipe.hub_id} says")
     if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
-        what = f"model {name} needs {recipe.environment}: its own code does not run on transformers {transformers.__version__}"
-        raise UserError(what, f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with .venv4/bin/python and --trust-remote-code")
+        what = (
+            f"model {name} needs {recipe.environment}: its own code does not run on transformers"
+            f" {transformers.__version__}"
+        )
+        raise UserError(
+            what,
+            f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with"
+            " .venv4/bin/python and --trust-remote-code",
+        )
     if recipe.remote_code and not trust_remote_code:
-        raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
+        raise UserError(
+            f"model {name} brings its own Python code, without which its vectors are wrong",
+            "give --trust-remote-code if you trust it",
+        )
 
 
 def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, dict[str, str]]:
-    """Load a model by recipe name, Hub id or folder, and say where its usage was read (see `usage_of`).
+    """Load a model by recipe name, Hub id or folder, and say where its usage was read (see
+    `usage_of`).
 
     Raises:
         UserError: it cannot be used or loaded, or brings code that the settings do not allow.
@@ -223,7 +368,13 @@ def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, 
         add_adapter(encoder, recipe.hub_id, recipe.revision)
     if recipe and recipe.task:
         select_task(encoder, recipe.task)
-    log.info("%s: %s", name, ", ".join(f"{key} {getattr(encoder.usage, key)} ({origin})" for key, origin in origins.items()))
+    log.info(
+        "%s: %s",
+        name,
+        ", ".join(
+            f"{key} {getattr(encoder.usage, key)} ({origin})" for key, origin in origins.items()
+        ),
+    )
     return encoder, origins
 
 
@@ -236,22 +387,34 @@ def _load(name: str, usage: Usage, settings: Settings) -> Encoder:
 
 
 def load_for_training(settings: Settings) -> Encoder:
-    """The encoder that training starts from, used as the settings say, whatever its authors' recipe.
+    """The encoder that training starts from, used as the settings say, whatever its authors'
+    recipe.
 
     Raises:
-        UserError: its semcse.json names another metric or pooling than the settings, or it cannot be trained so.
+        UserError: its semcse.json names another metric or pooling than the settings, or it cannot
+            be trained so.
     """
     name, recipe = settings.encoder, find_recipe(settings.encoder)
     if recipe:
         _check_environment(name, recipe, settings.trust_remote_code)
         if recipe.base:
-            raise UserError(f"--encoder {name} is an adapter, which one trained folder cannot hold", f"give --encoder {recipe.base}")
+            raise UserError(
+                f"--encoder {name} is an adapter, which one trained folder cannot hold",
+                f"give --encoder {recipe.base}",
+            )
         if recipe.usage.pooling == "last" and settings.pooling == "cls":
-            raise UserError(f"--pooling cls: {name} reads from left to right, so its first token knows nothing of the text", "give --pooling mean")
+            raise UserError(
+                f"--pooling cls: {name} reads from left to right, so its first token knows nothing"
+                " of the text",
+                "give --pooling mean",
+            )
     folder = _small_files(name, recipe)
     marker = read_marker(folder) if folder else None
     for key in ("metric", "pooling"):
         if marker and marker[key] != getattr(settings, key):
-            what = f"--{key} {getattr(settings, key)} contradicts {name}, which was trained with {key} {marker[key]} (its semcse.json)"
+            what = (
+                f"--{key} {getattr(settings, key)} contradicts {name}, which was trained with {key}"
+                f" {marker[key]} (its semcse.json)"
+            )
             raise UserError(what, f"give --{key} {marker[key]}")
     return _load(name, Usage(settings.pooling, settings.metric, settings.max_length), settings)

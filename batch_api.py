@@ -1,8 +1,11 @@
-"""Prompts in, texts out at half the price: OpenAI's Batch API, which takes files of requests and answers them within a day.
+"""Prompts in, texts out at half the price: OpenAI's Batch API, which takes files of requests and
+answers them within a day.
 
-Prompts, quality gate, journal and outputs are those of language_model.py. What is under way stands in `<output>.batches.jsonl`: an uploaded file of requests is
-noted before its batch, which costs money, is created, and a batch is created only if the server's list has none of that file. So one that was created unheard
-(a run was killed, the line was cut) is found again. Requests and answers lie on disk; memory holds an integer or two for each.
+Prompts, quality gate, journal and outputs are those of language_model.py. What is under way stands
+in `<output>.batches.jsonl`: an uploaded file of requests is noted before its batch, which costs
+money, is created, and a batch is created only if the server's list has none of that file. So one
+that was created unheard (a run was killed, the line was cut) is found again. Requests and answers
+lie on disk; memory holds an integer or two for each.
 """
 
 from __future__ import annotations
@@ -23,12 +26,27 @@ from tqdm import tqdm
 
 import files
 from files import Journal, RunError, StopSignal, UserError
-from language_model import Answer, Answers, Flags, Job, Run, Unanswered, Work, api_key, meaning, most_tokens, named_faults, read_answer
+from language_model import (
+    Answer,
+    Answers,
+    Flags,
+    Job,
+    Run,
+    Unanswered,
+    Work,
+    api_key,
+    meaning,
+    most_tokens,
+    named_faults,
+    read_answer,
+)
 
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
-POLL = 30.0  # seconds between two looks at the batches; a batch stands in the server's list so long after it was created
+# seconds between two looks at the batches; a batch stands in the server's list so long after it was
+# created
+POLL = 30.0
 AT_ONCE = 8  # batches whose answers are taken in together: they lie on disk, some 60 MB each
 
 
@@ -37,33 +55,58 @@ class BatchRun(Run):
 
     def __init__(self, flags: Flags, job: Job, answers: Answers) -> None:
         super().__init__(flags, job, answers)
-        self.path, self.room = Path(f"{flags.output}.batches.jsonl"), sys.maxsize  # requests that the server lets be under way
-        self.sent: dict[str, dict[str, Any]] = {}  # uploaded file -> the keys of its requests, what they cost at most, its batch
-        self.before, self.refused = Counter(answers.rejected), Counter[int]()  # by key: refused texts of earlier runs; requests without an answer
+        # requests that the server lets be under way
+        self.path, self.room = Path(f"{flags.output}.batches.jsonl"), sys.maxsize
+        # uploaded file -> the keys of its requests, what they cost at most, its batch
+        self.sent: dict[str, dict[str, Any]] = {}
+        # by key: refused texts of earlier runs; requests without an answer
+        self.before, self.refused = Counter(answers.rejected), Counter[int]()
 
     def survey(self) -> None:
-        """As every run; then reach the server and recall what is under way. A UserError if there is no Batch API, or that is not of this command."""
+        """As every run; then reach the server and recall what is under way. A UserError if there is
+        no Batch API, or that is not of this command.
+        """
         import openai
 
         super().survey()
         if self.flags.estimate:
             return
         url = self.flags.base_url[0]
-        self.api = openai.OpenAI(base_url=url, api_key=api_key(), max_retries=self.flags.retries, timeout=self.flags.timeout)
+        self.api = openai.OpenAI(
+            base_url=url,
+            api_key=api_key(),
+            max_retries=self.flags.retries,
+            timeout=self.flags.timeout,
+        )
         try:
             with named_faults():
                 list(self.api.batches.list(limit=1).data)
         except (Unanswered, RunError) as fault:
-            raise UserError(f"--base-url {url} has no Batch API ({fault})", "check address and key, or leave --batch out") from None
+            raise UserError(
+                f"--base-url {url} has no Batch API ({fault})",
+                "check address and key, or leave --batch out",
+            ) from None
         for _, row in Journal.scan(self.path) if self.path.exists() else ():
             self.sent.setdefault(row["file"], {}).update(row)
         self.sent = {file: sent for file, sent in self.sent.items() if "done" not in sent}
-        if self.sent and (others := self._under_way().difference(key for paper in self.papers() for key in self.keys(paper))):
-            what = f"{self.path}: {len(others)} requests under way are not of this command (other papers, model, prompts or sampling)"
-            raise UserError(what, "repeat the command that sent them, or delete the file and lose what they cost")
+        if self.sent and (
+            others := self._under_way().difference(
+                key for paper in self.papers() for key in self.keys(paper)
+            )
+        ):
+            what = (
+                f"{self.path}: {len(others)} requests under way are not of this command (other"
+                " papers, model, prompts or sampling)"
+            )
+            raise UserError(
+                what,
+                "repeat the command that sent them, or delete the file and lose what they cost",
+            )
 
     async def send(self, stop: StopSignal) -> None:
-        """Ask for what is missing, wait, judge, and ask again for what was refused, until every text is there or its attempts are used up."""
+        """Ask for what is missing, wait, judge, and ask again for what was refused, until every
+        text is there or its attempts are used up.
+        """
         self.notes, news, missed = Journal(self.path), True, 0
         try:
             with tqdm(desc=self.job.key, unit="request") as bar:
@@ -80,12 +123,18 @@ class BatchRun(Run):
                         self.faults[fault.reason] += 1
                         news, missed = True, missed + 1
                         if missed > self.flags.retries or not fault.again:
-                            raise RunError(f"the server takes or tells nothing ({fault.reason})", "mend that and run again: it goes on") from None
+                            raise RunError(
+                                f"the server takes or tells nothing ({fault.reason})",
+                                "mend that and run again: it goes on",
+                            ) from None
         finally:
             self.notes.close()
             self.count["failed"] = self.count["missing"] - self.count["accepted"]
             if self.sent:
-                log.info("%d batches go on at the server; the same command comes back for their answers", len(self.sent))
+                log.info(
+                    "%d batches go on at the server; the same command comes back for their answers",
+                    len(self.sent),
+                )
             else:
                 self.path.unlink()
 
@@ -103,31 +152,59 @@ class BatchRun(Run):
         self.sent.setdefault(file, {}).update(what)
 
     def _requests(self) -> Iterator[tuple[int, float, bytes]]:
-        """Key, cost at most and line of every request that is missing and not under way, as far as the server and --max-cost have room."""
+        """Key, cost at most and line of every request that is missing and not under way, as far as
+        the server and --max-cost have room.
+        """
         under_way, reserved = self._under_way(), sum(sent["cost"] for sent in self.sent.values())
         for work, slots in filter(None, self._source()):
-            key, rejected = self._key(work, slots), self.answers.rejected[first := work.keys[slots[0]]]
-            if key in under_way or rejected - self.before[first] >= self.flags.attempts or self.refused[key] > self.flags.retries:
+            key, rejected = (
+                self._key(work, slots),
+                self.answers.rejected[first := work.keys[slots[0]]],
+            )
+            if (
+                key in under_way
+                or rejected - self.before[first] >= self.flags.attempts
+                or self.refused[key] > self.flags.retries
+            ):
                 continue
             if len(under_way) >= self.room or self.spent(reserved):
                 return
-            body, name = self.body(work.paper, work.keys, slots), f"{key:016x}-{rejected:x}-{sum(1 << slot for slot in slots):x}"
+            body, name = (
+                self.body(work.paper, work.keys, slots),
+                f"{key:016x}-{rejected:x}-{sum(1 << slot for slot in slots):x}",
+            )
             cost = self.cost(most_tokens(body) * 2)
             under_way.add(key)
             reserved += cost
-            yield key, cost, json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}).encode() + b"\n"
+            yield (
+                key,
+                cost,
+                json.dumps(
+                    {
+                        "custom_id": name,
+                        "method": "POST",
+                        "url": "/v1/chat/completions",
+                        "body": body,
+                    }
+                ).encode()
+                + b"\n",
+            )
 
     def _submit(self, stop: StopSignal) -> None:
         """Upload what is missing, in files that the server takes."""
         keys, costs = list[int](), 0.0
         with tempfile.TemporaryFile(dir=self.path.parent) as handle:
             for key, cost, line in itertools.chain(self._requests(), [(0, 0.0, b"")]):
-                if keys and (not line or len(keys) == MAX_REQUESTS or handle.tell() + len(line) > MAX_BYTES):
+                if keys and (
+                    not line or len(keys) == MAX_REQUESTS or handle.tell() + len(line) > MAX_BYTES
+                ):
                     if stop.received:
                         return
                     handle.seek(0)
                     with named_faults():
-                        file = self.api.files.create(file=("requests.jsonl", handle), purpose="batch").id
+                        file = self.api.files.create(
+                            file=("requests.jsonl", handle), purpose="batch"
+                        ).id
                     self._note(file, keys=keys, cost=costs)
                     handle.truncate(handle.seek(0))
                     keys, costs = [], 0.0
@@ -139,25 +216,48 @@ class BatchRun(Run):
         """Uploaded file -> its batch, which is created unless an earlier try has done that."""
         states = {}
         with named_faults():
-            listed = self.api.batches.list(limit=100) if any("batch" not in sent for sent in self.sent.values()) else ()
-            names = {batch.input_file_id: batch.id for batch in listed if batch.input_file_id in self.sent}
+            listed = (
+                self.api.batches.list(limit=100)
+                if any("batch" not in sent for sent in self.sent.values())
+                else ()
+            )
+            names = {
+                batch.input_file_id: batch.id
+                for batch in listed
+                if batch.input_file_id in self.sent
+            }
             for file, sent in self.sent.items():
                 if name := sent.get("batch") or names.get(file):
                     states[file] = self.api.batches.retrieve(name)
                 else:  # without retries: one whose answer is lost would make two of them
                     once = self.api.with_options(max_retries=0)
-                    states[file] = once.batches.create(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")
+                    states[file] = once.batches.create(
+                        input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h"
+                    )
                 if "batch" not in sent:
                     self._note(file, batch=states[file].id)
         return states
 
     def _look(self, bar: tqdm[Any]) -> bool:
-        """Show how the batches are and take in those that have ended; whether any has. A RunError if the server would not run one."""
+        """Show how the batches are and take in those that have ended; whether any has. A RunError
+        if the server would not run one.
+        """
         states = self._states()
-        counts = sum((Counter(dict(state.request_counts or ())) for state in states.values()), Counter[str]())
+        counts = sum(
+            (Counter(dict(state.request_counts or ())) for state in states.values()), Counter[str]()
+        )
         bar.total, bar.n = len(self._under_way()), counts["completed"] + counts["failed"]
-        bar.set_postfix(batches=len(states), failed=counts["failed"], accepted=self.count["accepted"], cost=f"{self.cost(self.answers.tokens):.2f}")
-        ended = {file: state for file, state in states.items() if state.status in ("completed", "expired", "cancelled", "failed")}
+        bar.set_postfix(
+            batches=len(states),
+            failed=counts["failed"],
+            accepted=self.count["accepted"],
+            cost=f"{self.cost(self.answers.tokens):.2f}",
+        )
+        ended = {
+            file: state
+            for file, state in states.items()
+            if state.status in ("completed", "expired", "cancelled", "failed")
+        }
         ended = dict(itertools.islice(ended.items(), AT_ONCE))
         self._collect({file: state for file, state in ended.items() if state.status != "failed"})
         self.answers.journal.sync()
@@ -165,20 +265,38 @@ class BatchRun(Run):
             self._note(file, done=True)
         largest = max((len(self.sent.pop(file)["keys"]) for file in ended), default=0)
         unwilling = [state for state in ended.values() if state.status in ("cancelled", "failed")]
-        said = "; ".join(f"{fault.code}: {fault.message}" for state in unwilling for fault in (state.errors and state.errors.data) or ())
-        if "token_limit_exceeded" in said and largest > 1:  # of the queue: it takes as many requests as are in it now, or half a file
+        said = "; ".join(
+            f"{fault.code}: {fault.message}"
+            for state in unwilling
+            for fault in (state.errors and state.errors.data) or ()
+        )
+        # of the queue: it takes as many requests as are in it now, or half a file
+        if "token_limit_exceeded" in said and largest > 1:
             self.room = len(self._under_way()) or largest // 2
-            log.info("the server's queue is full: from now on at most %d requests at a time", self.room)
+            log.info(
+                "the server's queue is full: from now on at most %d requests at a time", self.room
+            )
         elif unwilling:
-            raise RunError(f"a batch has {unwilling[0].status} at the server ({said[:300]})", "mend that and run again: it goes on")
+            raise RunError(
+                f"a batch has {unwilling[0].status} at the server ({said[:300]})",
+                "mend that and run again: it goes on",
+            )
         return bool(ended)
 
     def _collect(self, states: dict[str, Any]) -> None:
         """Download the answers of batches, and judge and journal them in the order of the input."""
         keys = {key for file in states for key in self.sent[file]["keys"]}
         with tempfile.TemporaryFile(dir=self.path.parent) as handle:
-            for name in [name for state in states.values() for name in (state.error_file_id, state.output_file_id) if name]:
-                with named_faults(), self.api.files.with_streaming_response.content(name) as response:
+            for name in [
+                name
+                for state in states.values()
+                for name in (state.error_file_id, state.output_file_id)
+                if name
+            ]:
+                with (
+                    named_faults(),
+                    self.api.files.with_streaming_response.content(name) as response,
+                ):
                     handle.writelines(response.iter_bytes())
                 handle.write(b"\n")
             places, good, end = dict[int, int](), 0, handle.seek(0)
@@ -188,7 +306,9 @@ class BatchRun(Run):
                     places[int(row["custom_id"].partition("-")[0], 16)] = end
                     good += row["response"]["status_code"] == 200
                 end += len(line)
-            if good < sum(state.request_counts.completed for state in states.values() if state.request_counts):
+            if good < sum(
+                state.request_counts.completed for state in states.values() if state.request_counts
+            ):
                 raise Unanswered("a file of answers is cut")
             for work, slots in filter(None, self._source() if keys else ()):
                 if (key := self._key(work, slots)) in keys:
@@ -197,7 +317,9 @@ class BatchRun(Run):
                     self._take(work, key, handle.readline())
 
     def _take(self, work: Work, key: int, line: bytes) -> None:
-        """Judge one answer. What a run that was killed at this has journalled is neither judged nor counted again."""
+        """Judge one answer. What a run that was killed at this has journalled is neither judged nor
+        counted again.
+        """
         work.reasons = self.failed.get(work.paper.id, work.reasons)
         try:
             answer, rejected, slots = _read(line)
@@ -205,24 +327,35 @@ class BatchRun(Run):
             reason = fault.reason if isinstance(fault, Unanswered) else fault.what
             self.faults[reason.partition(":")[0]] += 1
             work.reasons[reason] += 1
-            self.refused[key] += 1 if isinstance(fault, Unanswered) and fault.again else self.flags.retries + 1
+            self.refused[key] += (
+                1 if isinstance(fault, Unanswered) and fault.again else self.flags.retries + 1
+            )
         else:
             kept = {slot for slot in slots if work.keys[slot] in self.answers.offsets}
-            kept.update(slots[: self.answers.rejected[work.keys[slots[0]]] > rejected])  # refused before the kill
+            # refused before the kill
+            kept.update(slots[: self.answers.rejected[work.keys[slots[0]]] > rejected])
             self._judge(work, slots, answer, kept)
         if work.reasons:
             self.failed[work.paper.id] = work.reasons
 
 
 def _read(line: bytes) -> tuple[Answer, int, list[int]]:
-    """An answer, how many were rejected before it was asked for, and the slots that it is for; Unanswered or RunError if there is none."""
+    """An answer, how many were rejected before it was asked for, and the slots that it is for;
+    Unanswered or RunError if there is none.
+    """
     try:
         row = json.loads(line or b"{}")
         if not row.get("response"):
-            raise Unanswered(files.without_secrets(str((row.get("error") or {}).get("code") or "no answer")))
+            raise Unanswered(
+                files.without_secrets(str((row.get("error") or {}).get("code") or "no answer"))
+            )
         if (status := row["response"]["status_code"]) != 200:
             raise meaning(status, None, row["response"].get("body"))
         _, rejected, slots = (int(part, 16) for part in row["custom_id"].split("-"))
-        return read_answer(json.dumps(row["response"]["body"]).encode()), rejected, [slot for slot in range(slots.bit_length()) if slots >> slot & 1]
+        return (
+            read_answer(json.dumps(row["response"]["body"]).encode()),
+            rejected,
+            [slot for slot in range(slots.bit_length()) if slots >> slot & 1],
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Unanswered("bad body") from None

@@ -1,4 +1,6 @@
-"""Checkpoints of a training run, each with a checksum of its content, and the facts by which a resumed run knows its data and encoder again."""
+"""Checkpoints of a training run, each with a checksum of its content, and the facts by which a
+resumed run knows its data and encoder again.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,18 @@ log = logging.getLogger(__name__)
 NAMES = "step-[0-9]*.safetensors"
 
 
-def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step`, whole or not at all; then delete all but the `keep` newest up to it, and those of later steps: a resumed run passed over
-    them as damaged. OSError: a full disk, say; the earlier ones stay."""
+def write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> None:
+    """Write the checkpoint of `step`, whole or not at all; then delete all but the `keep` newest up
+    to it, and those of later steps: a resumed run passed over them as damaged. OSError: a full
+    disk, say; the earlier ones stay.
+    """
     path = folder / f"step-{step:08d}.safetensors"
-    stored, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
+    stored, text = (
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        json.dumps(state),
+    )
     with files.atomic_path(path) as partial:
         save_file(stored, partial, metadata={"state": text, "sha256": _checksum(stored, text)})
     found = sorted(folder.glob(NAMES))
@@ -37,10 +46,14 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint. RunError: it is not what `write` wrote. OSError: it is missing, or may not be read."""
+    """Tensors and state of a checkpoint. RunError: it is not what `write` wrote. OSError: it is
+    missing, or may not be read.
+    """
     try:
         with safe_open(path, framework="pt") as stored:
-            tensors, header = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118 (not a dict)
+            names = list(stored.keys())
+            tensors = {name: stored.get_tensor(name) for name in names}
+            header = stored.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is no whole checkpoint ({error})", "delete it") from None
     text = header.get("state", "")
@@ -50,7 +63,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest whole checkpoint; damaged ones are named in the log and passed over. None if there is none."""
+    """The newest whole checkpoint; damaged ones are named in the log and passed over. None if there
+    is none.
+    """
     found = sorted(folder.glob(NAMES), reverse=True)
     for path in found:
         try:
@@ -72,17 +87,34 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _papers_sum(papers: list[Paper]) -> str:
-    return hashlib.sha256("".join(hashlib.sha256(repr(paper).encode()).hexdigest() for paper in papers).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(hashlib.sha256(repr(paper).encode()).hexdigest() for paper in papers).encode()
+    ).hexdigest()[:16]
 
 
-def facts_of(encoder: Encoder, group: Group, train: list[Paper], held_out: list[Paper], evaluation: list[Paper]) -> dict[str, Any]:
-    """What a run is made with, as settings.json records it; `inputs` must be the same on all processes, and again when the run is resumed.
+def facts_of(
+    encoder: Encoder,
+    group: Group,
+    train: list[Paper],
+    held_out: list[Paper],
+    evaluation: list[Paper],
+) -> dict[str, Any]:
+    """What a run is made with, as settings.json records it; `inputs` must be the same on all
+    processes, and again when the run is resumed.
 
-    Its sums (the first 16 digits of SHA-256) are of the papers as they were read, so that a file may be compressed in between, and of the encoder as loaded.
+    Its sums (the first 16 digits of SHA-256) are of the papers as they were read, so that a file
+    may be compressed in between, and of the encoder as loaded.
     """
     config: Any = encoder.model.config
-    facts = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
-    text = json.dumps(facts, sort_keys=True, default=str) + encoder.tokenizer.backend_tokenizer.to_str()
+    facts = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+    text = (
+        json.dumps(facts, sort_keys=True, default=str)
+        + encoder.tokenizer.backend_tokenizer.to_str()
+    )
     inputs = {
         "train_file (SHA-256 of its papers)": _papers_sum([*train, *held_out]),
         "eval_file (SHA-256 of its papers)": _papers_sum(evaluation),
@@ -91,6 +123,14 @@ def facts_of(encoder: Encoder, group: Group, train: list[Paper], held_out: list[
     }
     for rank, others in enumerate(group.each(inputs)):
         if others != inputs:
-            raise UserError(f"processes {group.rank} and {rank} read other data or encoders ({others})", "give every machine the same files")
+            raise UserError(
+                f"processes {group.rank} and {rank} read other data or encoders ({others})",
+                "give every machine the same files",
+            )
     counts = {"train": len(train), "held_out": len(held_out), "eval": len(evaluation)}
-    return {"versions": files.versions(), "device": str(encoder.device), "papers": counts, "inputs": inputs}
+    return {
+        "versions": files.versions(),
+        "device": str(encoder.device),
+        "papers": counts,
+        "inputs": inputs,
+    }

@@ -1,10 +1,14 @@
-"""Makes a papers file from SciRepEval or SciDocs, any other Hub data set, or your own CSV, JSON, parquet or BibTeX file.
+"""Makes a papers file from SciRepEval or SciDocs, any other Hub data set, or your own CSV, JSON,
+parquet or BibTeX file.
 
 python collect_papers.py --source scidocs --output data/scidocs.jsonl.gz
-python collect_papers.py --source scirepeval --exclude data/scidocs.jsonl.gz --limit 350000 --output data/train_papers.jsonl.gz
-python collect_papers.py --input library.csv --id DOI --title Title --abstract Abstract --output papers.jsonl
+python collect_papers.py --source scirepeval --exclude data/scidocs.jsonl.gz --limit 350000 --output
+data/train_papers.jsonl.gz
+python collect_papers.py --input library.csv --id DOI --title Title --abstract Abstract --output
+papers.jsonl
 
-Rows are streamed; what is left out is counted by reason. A run that was stopped goes on where it stood when the same command is given again.
+Rows are streamed; what is left out is counted by reason. A run that was stopped goes on where it
+stood when the same command is given again.
 """
 
 from __future__ import annotations
@@ -32,32 +36,67 @@ from load_data import LONGEST_ID, LONGEST_WORD, Paper, SeenPapers, normalise, re
 
 log = logging.getLogger(__name__)
 
-# SciRepEval's four largest training tasks: rows that are papers, triplets, queries with candidates. Every data set that is open takes memory.
+# SciRepEval's four largest training tasks: rows that are papers, triplets, queries with candidates.
+# Every data set that is open takes memory.
 TRAINING_CONFIGS = ("fos", "mesh_descriptors", "cite_prediction", "search")
-ID_COLUMNS = {"scirepeval": ("corpus_id", "doc_id", "sha"), "scidocs": ("doc_id",)}  # the first that a row has; corpus_id is one in all tasks
+# the first that a row has; corpus_id is one in all tasks
+ID_COLUMNS = {"scirepeval": ("corpus_id", "doc_id", "sha"), "scidocs": ("doc_id",)}
 MAG_FIELDS = (  # Microsoft Academic Graph's top fields in the order of the SciDocs labels, 0 to 18
-    "Art", "Biology", "Business", "Chemistry", "Computer science", "Economics", "Engineering", "Environmental science", "Geography", "Geology", "History",
-    "Materials science", "Mathematics", "Medicine", "Philosophy", "Physics", "Political science", "Psychology", "Sociology",
-)  # fmt: skip
-COLUMNS = ("id", "title", "abstract", "field", "query", "summaries")  # what may be read of a row; flags of these names say where it stands
+    "Art",
+    "Biology",
+    "Business",
+    "Chemistry",
+    "Computer science",
+    "Economics",
+    "Engineering",
+    "Environmental science",
+    "Geography",
+    "Geology",
+    "History",
+    "Materials science",
+    "Mathematics",
+    "Medicine",
+    "Philosophy",
+    "Physics",
+    "Political science",
+    "Psychology",
+    "Sociology",
+)
+# what may be read of a row; flags of these names say where it stands
+COLUMNS = ("id", "title", "abstract", "field", "query", "summaries")
 FILE_KINDS = (".bib", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
 TITLE_WORDS = 4  # a shorter title may well stand in its abstract by chance [ours]
 CHECKPOINT_ROWS = 2_000  # rows between two records of where a run stands
-ACCENTS = dict(zip("`'^\"~=.uvHckr", "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0306\u030c\u030b\u0327\u0328\u030a", strict=True))
+ACCENTS = dict(
+    zip(
+        "`'^\"~=.uvHckr",
+        "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0306\u030c\u030b\u0327\u0328\u030a",
+        strict=True,
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Make a papers file: stream titles and abstracts, leave out the unusable and the repeated, write the rest."""
+    """Make a papers file: stream titles and abstracts, leave out the unusable and the repeated,
+    write the rest.
+    """
 
     output: str = ""  # papers file to write; gzipped where its name ends in .gz
-    source: Literal["scirepeval", "scidocs"] | None = None  # a known data set: papers to train on, or the labelled evaluation papers (taken whole)
-    input: str = ""  # instead of a source: a file (.csv .tsv .json .jsonl .parquet .bib; gzipped ones too), a data-set folder, or a Hub id
-    config: tuple[str, ...] = ()  # configs of the data set, mixed evenly; may be repeated; none: the default one, of scirepeval its largest training tasks
+    # a known data set: papers to train on, or the labelled evaluation papers (taken whole)
+    source: Literal["scirepeval", "scidocs"] | None = None
+    # instead of a source: a file (.csv .tsv .json .jsonl .parquet .bib; gzipped ones too), a
+    # data-set folder, or a Hub id
+    input: str = ""
+    # configs of the data set, mixed evenly; may be repeated; none: the default one, of scirepeval
+    # its largest training tasks
+    config: tuple[str, ...] = ()
     split: str = "train"  # split of the data set
     id: str = "id"  # column of the ids; papers without one get a hash of title and abstract
     title: str = "title"  # column of the titles
-    abstract: str = "abstract"  # column of the abstracts; title and abstract may stand deeper in the rows (in lists of candidates, say)
+    # column of the abstracts; title and abstract may stand deeper in the rows (in lists of
+    # candidates, say)
+    abstract: str = "abstract"
     field: str = ""  # column of the fields of study, if any
     query: str = ""  # column of search queries, if any
     summaries: str = ""  # column of summaries (a text or a list of texts), if any
@@ -68,17 +107,23 @@ class Command:
 
 @contextlib.contextmanager
 def _faults_as(kind: type[UserError], what: str, mend: str) -> Iterator[None]:
-    """One line for whatever datasets, huggingface_hub, fsspec, pyarrow or pandas raise: many kinds, none of them a fault of ours."""
+    """One line for whatever datasets, huggingface_hub, fsspec, pyarrow or pandas raise: many kinds,
+    none of them a fault of ours.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise kind(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", mend) from None
+        raise kind(
+            f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", mend
+        ) from None
 
 
 def open_streams(command: Command) -> dict[str, Any]:
-    """The data sets to read by name, each a `datasets.IterableDataset`. UserError: no such file, data set, config or split, or not readable."""
+    """The data sets to read by name, each a `datasets.IterableDataset`. UserError: no such file,
+    data set, config or split, or not readable.
+    """
     path, name, configs = Path(command.input), command.input, command.config or ("",)
     if command.source == "scidocs":
         return {"scidocs": open_split("allenai/scirepeval", "scidocs_mag_mesh", "evaluation")}
@@ -86,23 +131,37 @@ def open_streams(command: Command) -> dict[str, Any]:
         name, configs = "allenai/scirepeval", command.config or TRAINING_CONFIGS
     elif path.is_file() or path.name.lower().endswith((*FILE_KINDS, ".gz")):
         return {path.name: _open_file(path, [getattr(command, key) for key in COLUMNS])}
-    return {f"{name} {config}".rstrip(): open_split(name, config, command.split) for config in configs}
+    return {
+        f"{name} {config}".rstrip(): open_split(name, config, command.split) for config in configs
+    }
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """One split of a data set as a stream, from a folder `name` (seen from here) if there is one, else from the Hub.
+    """One split of a data set as a stream, from a folder `name` (seen from here) if there is one,
+    else from the Hub.
 
-    Where a repository still has a loading script or does not describe its configs, the Hub's own parquet conversion (refs/convert/parquet) is read.
+    Where a repository still has a loading script or does not describe its configs, the Hub's own
+    parquet conversion (refs/convert/parquet) is read.
     """
     from datasets import load_dataset
 
-    with _faults_as(UserError, f"data set {name} {config} {split} cannot be opened", "check the name, --config, --split and the network"):
+    with _faults_as(
+        UserError,
+        f"data set {name} {config} {split} cannot be opened",
+        "check the name, --config, --split and the network",
+    ):
         try:
             return load_dataset(name, config or None, split=split, streaming=True)
         except (ValueError, RuntimeError):
             with contextlib.suppress(Exception):
                 if config:  # without it all configs would come mixed
-                    return load_dataset(name, data_dir=config, split=split, revision="refs/convert/parquet", streaming=True)
+                    return load_dataset(
+                        name,
+                        data_dir=config,
+                        split=split,
+                        revision="refs/convert/parquet",
+                        streaming=True,
+                    )
             raise
 
 
@@ -111,63 +170,115 @@ def _open_file(path: Path, columns: list[str]) -> Any:
 
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind not in FILE_KINDS or not path.is_file():
-        raise UserError(f"{path}: no such file, or not of a kind that can be read", f"give a file named {' '.join(FILE_KINDS)}, gzipped or not")
+        raise UserError(
+            f"{path}: no such file, or not of a kind that can be read",
+            f"give a file named {' '.join(FILE_KINDS)}, gzipped or not",
+        )
     if kind in (".bib", ".jsonl"):
-        return IterableDataset.from_generator(read_bibtex if kind == ".bib" else read_json_lines, gen_kwargs={"path": path})
+        return IterableDataset.from_generator(
+            read_bibtex if kind == ".bib" else read_json_lines, gen_kwargs={"path": path}
+        )
     options: dict[str, Any] = {}
-    if kind in (".csv", ".tsv"):  # the separator is found by itself; cells such as NA and 007 stay as they are
-        options = {"engine": "python", "sep": None, "na_filter": False, "encoding": "utf-8-sig", "converters": dict.fromkeys(filter(None, columns), str)}
+    # the separator is found by itself; cells such as NA and 007 stay as they are
+    if kind in (".csv", ".tsv"):
+        options = {
+            "engine": "python",
+            "sep": None,
+            "na_filter": False,
+            "encoding": "utf-8-sig",
+            "converters": dict.fromkeys(filter(None, columns), str),
+        }
     with _faults_as(UserError, f"{path}: cannot be read", "mend the file"):
-        return load_dataset(kind[1:].replace("tsv", "csv"), data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+        return load_dataset(
+            kind[1:].replace("tsv", "csv"),
+            data_files=glob.escape(str(path)),
+            split="train",
+            streaming=True,
+            **options,
+        )
 
 
 def _open_text(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix.lower() == ".gz" else path.open(encoding="utf-8-sig")
+    return (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix.lower() == ".gz"
+        else path.open(encoding="utf-8-sig")
+    )
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file. (`datasets` refuses a key that first stands in a late line.) UserError: a line that is no JSON object; names it."""
+    """The rows of a JSONL file. (`datasets` refuses a key that first stands in a late line.)
+    UserError: a line that is no JSON object; names it.
+    """
     with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            with _faults_as(UserError, f"{path}:{number}: is not a JSON object", "write one object a line"):
+            with _faults_as(
+                UserError, f"{path}:{number}: is not a JSON object", "write one object a line"
+            ):
                 row = dict(json.loads(line)) if line.strip() else None
             if row is not None:
                 yield row
 
 
 def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
-    """The entries of a BibTeX file as rows: citation key as `id`, fields by lower-case name. UserError: an entry that cannot be read; names its line."""
+    """The entries of a BibTeX file as rows: citation key as `id`, fields by lower-case name.
+    UserError: an entry that cannot be read; names its line.
+    """
     inside = "[^{}]*"
     for _ in range(6):  # braces may stand six deep
         inside = rf"[^{{}}]*(?:\{{{inside}\}}[^{{}}]*)*"
     entry = re.compile(rf"\s*([^\s,={{}}]*)\s*,({inside})\}}")
-    field = re.compile(rf'([^\s,={{}}"#]+)\s*=\s*(?:\{{({inside})\}}|"((?:[^"{{}}]|\{{{inside}\}})*)")')
+    field = re.compile(
+        rf'([^\s,={{}}"#]+)\s*=\s*(?:\{{({inside})\}}|"((?:[^"{{}}]|\{{{inside}\}})*)")'
+    )
     with _open_text(path) as handle:
         text = handle.read()
-    for head in re.finditer(r"^[ \t]*@(?!comment|preamble|string)\w+\s*\{", text, re.MULTILINE | re.IGNORECASE):
+    for head in re.finditer(
+        r"^[ \t]*@(?!comment|preamble|string)\w+\s*\{", text, re.MULTILINE | re.IGNORECASE
+    ):
         if not (body := entry.match(text, head.end())):
             line = text.count("\n", 0, head.start()) + 1
-            raise UserError(f"{path}:{line}: a BibTeX entry without a key or its closing brace", "mend the entry")
-        yield {"id": body[1]} | {name.lower(): plain_text(braced or quoted) for name, braced, quoted in field.findall(body[2])}
+            raise UserError(
+                f"{path}:{line}: a BibTeX entry without a key or its closing brace",
+                "mend the entry",
+            )
+        yield {"id": body[1]} | {
+            name.lower(): plain_text(braced or quoted)
+            for name, braced, quoted in field.findall(body[2])
+        }
 
 
 def plain_text(latex: str) -> str:
-    r"""LaTeX accents become Unicode, braces and commands with an argument go and leave it, other commands leave their name (`\alpha`, `\ss`)."""
-    text = re.sub(r"\\([`'^\"~=.]|[uvHckr](?=[\s{\\]))\s*\{?\\?([A-Za-z])\}?", lambda found: unicodedata.normalize("NFC", found[2] + ACCENTS[found[1]]), latex)
+    r"""LaTeX accents become Unicode, braces and commands with an argument go and leave it, other
+    commands leave their name (`\alpha`, `\ss`).
+    """
+    text = re.sub(
+        r"\\([`'^\"~=.]|[uvHckr](?=[\s{\\]))\s*\{?\\?([A-Za-z])\}?",
+        lambda found: unicodedata.normalize("NFC", found[2] + ACCENTS[found[1]]),
+        latex,
+    )
     text = re.sub(r"\\\\|(?<!\\)~", " ", text)
     return re.sub(r"\\[A-Za-z]+\*?(?=\{)|[{}\\]", "", text)
 
 
 def scidocs_fields() -> dict[str, str]:
     """The fields of study of the SciDocs MAG task (train and test split), by paper id."""
-    labels = {row["paper_id"]: row["label"] for row in open_split("allenai/scirepeval_test", "scidocs_mag", "train+test")}
+    labels = {
+        row["paper_id"]: row["label"]
+        for row in open_split("allenai/scirepeval_test", "scidocs_mag", "train+test")
+    }
     if wrong := set(labels.values()) - set(range(len(MAG_FIELDS))):
-        raise UserError(f"SciDocs labels other than 0 to {len(MAG_FIELDS) - 1}: {wrong}", "check the data set's version")
+        raise UserError(
+            f"SciDocs labels other than 0 to {len(MAG_FIELDS) - 1}: {wrong}",
+            "check the data set's version",
+        )
     return {paper: MAG_FIELDS[label] for paper, label in labels.items()}
 
 
 def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any]]:
-    """Every object inside a row, at any depth, that has all `columns`: the row itself, or a query and its candidates, say."""
+    """Every object inside a row, at any depth, that has all `columns`: the row itself, or a query
+    and its candidates, say.
+    """
     if isinstance(value, dict) and all(column in value for column in columns):
         yield value
     elif isinstance(value, (dict, list)):
@@ -176,31 +287,64 @@ def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any
 
 
 def text_of(value: Any) -> str:
-    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is joined, half a surrogate pair is "?", endless words end."""
+    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is
+    joined, half a surrogate pair is "?", endless words end.
+    """
     if isinstance(value, list):
         return " ".join(map(text_of, value))
-    return "" if value is None else " ".join(word[:LONGEST_WORD] for word in str(value).encode(errors="replace").decode().split())
+    return (
+        ""
+        if value is None
+        else " ".join(
+            word[:LONGEST_WORD] for word in str(value).encode(errors="replace").decode().split()
+        )
+    )
 
 
-def paper_of(row: dict[str, Any], command: Command, stream: str, fields: Mapping[str, str]) -> Paper:
-    """One object of a row -> Paper, with `stream` as its `source`; `fields`: known fields by id. No id, or an endless one: a hash of title and abstract."""
-    texts: dict[str, Any] = {key: text_of(row.get(getattr(command, key))) for key in ("title", "abstract", "field", "query")}
-    ids = (text_of(row.get(column)) for column in ID_COLUMNS.get(command.source or "", (command.id,)))
+def paper_of(
+    row: dict[str, Any], command: Command, stream: str, fields: Mapping[str, str]
+) -> Paper:
+    """One object of a row -> Paper, with `stream` as its `source`; `fields`: known fields by id. No
+    id, or an endless one: a hash of title and abstract.
+    """
+    texts: dict[str, Any] = {
+        key: text_of(row.get(getattr(command, key)))
+        for key in ("title", "abstract", "field", "query")
+    }
+    ids = (
+        text_of(row.get(column)) for column in ID_COLUMNS.get(command.source or "", (command.id,))
+    )
     paper_id = next((one for one in ids if 0 < len(one) <= LONGEST_ID), "")
-    paper_id = paper_id or hashlib.blake2b(f"{texts['title']}\n{texts['abstract']}".encode(), digest_size=8).hexdigest()
+    paper_id = (
+        paper_id
+        or hashlib.blake2b(
+            f"{texts['title']}\n{texts['abstract']}".encode(), digest_size=8
+        ).hexdigest()
+    )
     summaries = row.get(command.summaries)
-    summaries = tuple(filter(None, map(text_of, summaries if isinstance(summaries, list) else [summaries])))
-    return Paper(id=paper_id, summaries=summaries, source=stream, **texts | ({"field": fields[paper_id]} if paper_id in fields else {}))
+    summaries = tuple(
+        filter(None, map(text_of, summaries if isinstance(summaries, list) else [summaries]))
+    )
+    return Paper(
+        id=paper_id,
+        summaries=summaries,
+        source=stream,
+        **texts | ({"field": fields[paper_id]} if paper_id in fields else {}),
+    )
 
 
 def repeats_title(paper: Paper) -> bool:
     """Whether the title, if it has TITLE_WORDS words or more, stands word for word in the abstract."""
-    title, abstract = (re.findall(r"\w+", normalise(text)) for text in (paper.title, paper.abstract))
+    title, abstract = (
+        re.findall(r"\w+", normalise(text)) for text in (paper.title, paper.abstract)
+    )
     return len(title) >= TITLE_WORDS and f" {' '.join(title)} " in f" {' '.join(abstract)} "
 
 
 def why_not(paper: Paper, command: Command, excluded: SeenPapers, seen: SeenPapers) -> str | None:
-    """The reason to leave a paper out, None to keep it. SciDocs is taken whole: what models are compared on must not depend on our filters."""
+    """The reason to leave a paper out, None to keep it. SciDocs is taken whole: what models are
+    compared on must not depend on our filters.
+    """
     if command.source == "scidocs" and not paper.field:
         return "no label"
     if not paper.abstract or not paper.title:
@@ -218,22 +362,39 @@ def why_not(paper: Paper, command: Command, excluded: SeenPapers, seen: SeenPape
 
 
 class Collection:
-    """The papers kept so far and where the run stands; until it is done both lie in hidden files beside the output.
+    """The papers kept so far and where the run stands; until it is done both lie in hidden files
+    beside the output.
 
     Two counts tell the story: papers `looked` at by stream, and `dropped` by reason.
     """
 
     def __init__(self, command: Command) -> None:
         self.command, self.output = command, Path(command.output)
-        self.partial, self.record = (self.output.with_name(f".{self.output.name}.{end}") for end in ("partial", "state.json"))
+        self.partial, self.record = (
+            self.output.with_name(f".{self.output.name}.{end}") for end in ("partial", "state.json")
+        )
         request = json.loads(json.dumps(dataclasses.asdict(command)))
-        self.state: dict[str, Any] = {"request": request, "bytes": 0, "places": {}, "looked": {}, "dropped": {}}
+        self.state: dict[str, Any] = {
+            "request": request,
+            "bytes": 0,
+            "places": {},
+            "looked": {},
+            "dropped": {},
+        }
         if self.record.exists() and self.partial.exists():
             self.state = files.read_json(self.record)
-            if changed := ", ".join(key for key, value in request.items() if self.state["request"].get(key) != value):
-                raise UserError(f"{self.output}: its unfinished run had another {changed}", f"give the same flags, or delete {self.record} to start over")
+            if changed := ", ".join(
+                key for key, value in request.items() if self.state["request"].get(key) != value
+            ):
+                raise UserError(
+                    f"{self.output}: its unfinished run had another {changed}",
+                    f"give the same flags, or delete {self.record} to start over",
+                )
             os.truncate(self.partial, self.state["bytes"])
-        self.looked, self.dropped = Counter[str](self.state["looked"]), Counter[str](self.state["dropped"])
+        self.looked, self.dropped = (
+            Counter[str](self.state["looked"]),
+            Counter[str](self.state["dropped"]),
+        )
         self.lines: list[str] = []  # of papers that are kept, but not yet in the file
         self.excluded = SeenPapers(paper for path in command.exclude for paper in read_papers(path))
         self.seen = SeenPapers(read_papers(self.partial) if self.kept() else ())
@@ -257,26 +418,43 @@ class Collection:
             handle.write("".join(self.lines).encode())
             handle.flush()
             os.fsync(handle.fileno())
-            self.state |= {"bytes": handle.tell(), "places": {name: stream.state_dict() for name, stream in streams.items()}}
+            self.state |= {
+                "bytes": handle.tell(),
+                "places": {name: stream.state_dict() for name, stream in streams.items()},
+            }
         files.write_json(self.record, self.state | {"looked": self.looked, "dropped": self.dropped})
         self.lines.clear()
 
     def finish(self) -> None:
         """Write the output from the saved papers; the two files go."""
-        with files.atomic_path(self.output) as target, self.partial.open("rb") as papers, target.open("wb") as plain:
-            zipped = gzip.GzipFile("", "wb", 6, plain, mtime=0) if self.output.suffix == ".gz" else contextlib.nullcontext(plain)
+        with (
+            files.atomic_path(self.output) as target,
+            self.partial.open("rb") as papers,
+            target.open("wb") as plain,
+        ):
+            zipped = (
+                gzip.GzipFile("", "wb", 6, plain, mtime=0)
+                if self.output.suffix == ".gz"
+                else contextlib.nullcontext(plain)
+            )
             with zipped as written:
                 shutil.copyfileobj(papers, written)
         self.record.unlink()
         self.partial.unlink()
 
 
-def rows_of(streams: Mapping[str, Any], looked: Mapping[str, int], kind: type[UserError]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(stream, row): always the next row of the stream of which the fewest papers were looked at, so that streams of any shape mix evenly."""
+def rows_of(
+    streams: Mapping[str, Any], looked: Mapping[str, int], kind: type[UserError]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(stream, row): always the next row of the stream of which the fewest papers were looked at,
+    so that streams of any shape mix evenly.
+    """
     rows = {name: iter(stream) for name, stream in streams.items()}
     while rows:
         name = min(rows, key=lambda one: looked[one])
-        with _faults_as(kind, f"{name}: reading stopped", "mend that and give the same command again to go on"):
+        with _faults_as(
+            kind, f"{name}: reading stopped", "mend that and give the same command again to go on"
+        ):
             row = next(rows[name], None)
         if row is None:
             del rows[name]
@@ -285,7 +463,9 @@ def rows_of(streams: Mapping[str, Any], looked: Mapping[str, int], kind: type[Us
 
 
 def collect(command: Command) -> None:
-    """Read, screen, write, and log what was left out and why. UserError: bad input or no paper left. RunError: the Hub is gone; what was read is kept."""
+    """Read, screen, write, and log what was left out and why. UserError: bad input or no paper
+    left. RunError: the Hub is gone; what was read is kept.
+    """
     from tqdm import tqdm
 
     papers = Collection(command)
@@ -295,7 +475,12 @@ def collect(command: Command) -> None:
         streams[name].load_state_dict(place)
     rows = rows_of(streams, papers.looked, UserError if Path(command.input).is_file() else RunError)
     row: dict[str, Any] = {}
-    with files.StopSignal() as stop, tqdm(total=command.limit or None, initial=papers.kept(), desc="collecting", unit="paper") as bar:
+    with (
+        files.StopSignal() as stop,
+        tqdm(
+            total=command.limit or None, initial=papers.kept(), desc="collecting", unit="paper"
+        ) as bar,
+    ):
         for number, (name, row) in enumerate(rows, start=1):
             for found in objects_with((command.title, command.abstract), row):
                 if not 0 < command.limit <= papers.kept():
@@ -304,17 +489,34 @@ def collect(command: Command) -> None:
             if papers.kept() and (stop.received or number % CHECKPOINT_ROWS == 0):
                 papers.save(streams)
             stop.raise_received()
-            if 0 < command.limit <= papers.kept() or (number == CHECKPOINT_ROWS and not papers.looked):
+            if 0 < command.limit <= papers.kept() or (
+                number == CHECKPOINT_ROWS and not papers.looked
+            ):
                 break
     reasons = ", ".join(f"{count} {reason}" for reason, count in papers.dropped.most_common())
-    account = f"kept {papers.kept()} of {papers.looked.total()} papers; left out: {reasons or 'none'}"
+    account = (
+        f"kept {papers.kept()} of {papers.looked.total()} papers; left out: {reasons or 'none'}"
+    )
     if not papers.kept():
-        raise UserError(f"{account} (columns: {', '.join(row)})", "check --title, --abstract and --min-words")
+        raise UserError(
+            f"{account} (columns: {', '.join(row)})", "check --title, --abstract and --min-words"
+        )
     papers.save(streams)
     papers.finish()
-    log.info("%s: %s; looked at: %s", command.output, account, ", ".join(f"{count} of {name}" for name, count in papers.looked.items()))
+    log.info(
+        "%s: %s; looked at: %s",
+        command.output,
+        account,
+        ", ".join(f"{count} of {name}" for name, count in papers.looked.items()),
+    )
     if fields:
-        log.info("%d SciDocs labels have no text", len(fields) - papers.kept() - papers.dropped["no abstract"] - papers.dropped["no title"])
+        log.info(
+            "%d SciDocs labels have no text",
+            len(fields)
+            - papers.kept()
+            - papers.dropped["no abstract"]
+            - papers.dropped["no title"],
+        )
 
 
 def main() -> None:

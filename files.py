@@ -1,7 +1,9 @@
-"""How this project treats files and errors: atomic writes, append-and-flush journals, locks, one-line errors, exit codes.
+"""How this project treats files and errors: atomic writes, append-and-flush journals, locks,
+one-line errors, exit codes.
 
-Everything here is ours and knows nothing of papers or models. Exit codes of every script (DESIGN): 0 done, 2 bad usage or input (UserError, nothing written),
-1 a fault at run time (RunError, a full disk: what was done is kept), 130 Ctrl-C, 143 SIGTERM.
+Everything here is ours and knows nothing of papers or models. Exit codes of every script (DESIGN):
+0 done, 2 bad usage or input (UserError, nothing written), 1 a fault at run time (RunError, a full
+disk: what was done is kept), 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ import tyro
 
 Command = TypeVar("Command")
 
-SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables whose values nothing that we write may hold
+# environment variables whose values nothing that we write may hold
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class UserError(Exception):
-    """Bad usage or input: exit 2. `what` names the file, line or setting; `mend` says what to do about it."""
+    """Bad usage or input: exit 2. `what` names the file, line or setting; `mend` says what to do
+    about it.
+    """
 
     exit_code = 2
 
@@ -49,16 +54,22 @@ class RunError(UserError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no `except Exception` swallows it."""
+    """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no `except Exception`
+    swallows it.
+    """
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a script's `command` and turn every failure into one line on stderr and an exit code (see the module's first lines).
+    """Run a script's `command` and turn every failure into one line on stderr and an exit code (see
+    the module's first lines).
 
-    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback, without secrets.
+    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback,
+    without secrets.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
-    sys.excepthook = lambda *fault: print(without_secrets("".join(traceback.format_exception(*fault))), end="", file=sys.stderr)
+    sys.excepthook = lambda *fault: print(
+        without_secrets("".join(traceback.format_exception(*fault))), end="", file=sys.stderr
+    )
     try:
         with memory_named("--max-length or the size of a batch, where the script has one"):
             command()
@@ -83,13 +94,21 @@ def run_command(command: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def memory_named(settings: str) -> Iterator[None]:
-    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the `settings` to lower."""
+    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the
+    `settings` to lower.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors, of which OutOfMemoryError is only one
-        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)):
+    # torch raises RuntimeErrors, of which OutOfMemoryError is only one
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+            "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)
+        ):
             raise
-        raise RunError(f"out of memory ({str(error)[:200]})", f"free some and continue, or start again with a lower {settings}") from None
+        raise RunError(
+            f"out of memory ({str(error)[:200]})",
+            f"free some and continue, or start again with a lower {settings}",
+        ) from None
 
 
 def _drop_output() -> None:
@@ -108,15 +127,22 @@ def _fail(message: str, code: int) -> int:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with stars for the values of SECRETS, which a server may have sent back; words of fewer than eight characters ("EMPTY") are no secrets."""
+    """`text` with stars for the values of SECRETS, which a server may have sent back; words of
+    fewer than eight characters ("EMPTY") are no secrets.
+    """
     for value in (os.environ.get(name, "").strip() for name in SECRETS):
         text = text.replace(value, "***") if len(value) >= 8 else text
     return text
 
 
 def printable(text: str) -> str:
-    """`text` for one line of a terminal or log: no secrets; line breaks, control and direction characters and half surrogate pairs as escapes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in without_secrets(text))
+    """`text` for one line of a terminal or log: no secrets; line breaks, control and direction
+    characters and half surrogate pairs as escapes.
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode()
+        for one in without_secrets(text)
+    )
 
 
 class _OneLine(logging.Formatter):
@@ -128,12 +154,20 @@ class _OneLine(logging.Formatter):
 
 def _mend_of(error: OSError) -> str:
     full = "free some disk space and run again"
-    mends = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EACCES: "check the permissions", errno.EROFS: "choose a writable folder"}
+    mends = {
+        errno.ENOSPC: full,
+        errno.EDQUOT: full,
+        errno.EACCES: "check the permissions",
+        errno.EROFS: "choose a writable folder",
+    }
     return mends.get(error.errno or 0, "mend that and run again")
 
 
-def parse_command_line(kind: type[Command], args: Sequence[str] | None, default: Command) -> Command:
-    """Command line -> a `kind` dataclass, by tyro. Its framed errors become our one line; `--help` prints and exits 0.
+def parse_command_line(
+    kind: type[Command], args: Sequence[str] | None, default: Command
+) -> Command:
+    """Command line -> a `kind` dataclass, by tyro. Its framed errors become our one line; `--help`
+    prints and exits 0.
 
     Args:
         kind: the dataclass whose fields are the flags.
@@ -143,11 +177,18 @@ def parse_command_line(kind: type[Command], args: Sequence[str] | None, default:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=args, default=default, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction))
+            return tyro.cli(
+                kind,
+                args=args,
+                default=default,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_first_words_of(box.getvalue()), f"see {Path(sys.argv[0]).name} --help") from None
+        raise UserError(
+            _first_words_of(box.getvalue()), f"see {Path(sys.argv[0]).name} --help"
+        ) from None
 
 
 def _first_words_of(box: str) -> str:
@@ -161,7 +202,9 @@ def _first_words_of(box: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` (file or folder) to write to; it takes `path`'s place when the block ends well, and vanishes otherwise."""
+    """A temporary sibling of `path` (file or folder) to write to; it takes `path`'s place when the
+    block ends well, and vanishes otherwise.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _remove(partial)  # of a killed process with the same number
@@ -175,7 +218,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     except Exception as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
-        if code and not isinstance(error, OSError):  # safetensors and tokenizers have exceptions of their own for a full disk
+        # safetensors and tokenizers have exceptions of their own for a full disk
+        if code and not isinstance(error, OSError):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
         raise
     finally:
@@ -190,7 +234,9 @@ def _remove(path: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put folder `new` where folder `path` is or shall be. `restore_folder(path)` mends a kill between the two renames."""
+    """Put folder `new` where folder `path` is or shall be. `restore_folder(path)` mends a kill
+    between the two renames.
+    """
     old = _old_of(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -200,7 +246,9 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second name, or remove what is left of it."""
+    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second
+    name, or remove what is left of it.
+    """
     if path.exists():
         _remove(_old_of(path))
     elif _old_of(path).exists():
@@ -218,7 +266,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON atomically. NaN and infinity are refused: no other reader would take them."""
+    """Write `value` as indented JSON atomically. NaN and infinity are refused: no other reader
+    would take them.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -229,17 +279,25 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})", "delete it or put back a good copy") from None
+        raise UserError(
+            f"{path}: not readable as JSON ({error})", "delete it or put back a good copy"
+        ) from None
 
 
 class Journal:
-    """A JSONL file that grows by whole rows: each `append` is written and flushed at once, so that a kill loses at most the row being written.
+    """A JSONL file that grows by whole rows: each `append` is written and flushed at once, so that
+    a kill loses at most the row being written.
 
-    Opening an existing journal drops torn lines (no newline, or not JSON), which only a kill or a full disk can have left. Journals may be larger than memory.
+    Opening an existing journal drops torn lines (no newline, or not JSON), which only a kill or a
+    full disk can have left. Journals may be larger than memory.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
-        """Open `path` for appending; existing rows for which `keep` is false are dropped (a resumed run drops rows after its checkpoint)."""
+    def __init__(
+        self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True
+    ) -> None:
+        """Open `path` for appending; existing rows for which `keep` is false are dropped (a resumed
+        run drops rows after its checkpoint).
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -294,7 +352,8 @@ class Journal:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold `path` (a small side file, `.NAME.lock`) for this process alone; the kernel frees it when the process ends, however it ends.
+    """Hold `path` (a small side file, `.NAME.lock`) for this process alone; the kernel frees it
+    when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
@@ -303,10 +362,14 @@ def lock(path: Path) -> Iterator[None]:
     with path.open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())):  # its last holder has just removed it
+            # its last holder has just removed it
+            if not (path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())):
                 raise BlockingIOError
         except BlockingIOError:
-            raise UserError(f"{path.with_name(path.stem[1:])} is in use by another run", "wait for it or choose another output") from None
+            raise UserError(
+                f"{path.with_name(path.stem[1:])} is in use by another run",
+                "wait for it or choose another output",
+            ) from None
         try:
             yield
         finally:
@@ -314,17 +377,21 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def check_output_folder(output: Path) -> None:
-    """Refuse an output folder that is a file, or would stand below one. UserError: names --output-dir."""
+    """Refuse an output folder that is a file, or would stand below one. UserError: names
+    --output-dir.
+    """
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"--output-dir {path}: is a file", "name a folder")
 
 
 class RunFolder:
-    """The output folder of one run, from which a reader can always tell whether the run is finished.
+    """The output folder of one run, from which a reader can always tell whether the run is
+    finished.
 
-    A run works in `path` and is unfinished while UNFINISHED stands in it. Over a finished run the next one works in a hidden sibling and takes the place of the
-    old one when it is done, so that the old results stay whole until then.
+    A run works in `path` and is unfinished while UNFINISHED stands in it. Over a finished run the
+    next one works in a hidden sibling and takes the place of the old one when it is done, so that
+    the old results stay whole until then.
     """
 
     def __init__(self, output: Path) -> None:
@@ -332,7 +399,9 @@ class RunFolder:
         self.output = output
         restore_folder(output)
         if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
-            raise UserError(f"--output-dir {output}: holds files that are not a run's", "name another folder")
+            raise UserError(
+                f"--output-dir {output}: holds files that are not a run's", "name another folder"
+            )
         successor = output.with_name(f".{output.name}.next")
         if _is_finished(successor):  # a kill at the very end of `finish`
             replace_folder(successor, output)
@@ -349,11 +418,15 @@ class RunFolder:
         with lock(output.with_name(f".{output.name}.lock")):
             yield cls(output)
 
-    def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]) -> None:
-        """Start a run, or with `resume` check that the unfinished one has the same settings (those in `free` may differ) and facts["inputs"].
+    def begin(
+        self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, free: Collection[str]
+    ) -> None:
+        """Start a run, or with `resume` check that the unfinished one has the same settings (those
+        in `free` may differ) and facts["inputs"].
 
         Raises:
-            UserError: an unfinished run without `resume`, `resume` without an unfinished run, or changed settings or inputs (named).
+            UserError: an unfinished run without `resume`, `resume` without an unfinished run, or
+                changed settings or inputs (named).
         """
         mark, record = self.path / "UNFINISHED", self.path / "settings.json"
         if resume:
@@ -363,25 +436,46 @@ class RunFolder:
             for stale in list(self.path.rglob(".*.partial")):
                 _remove(stale)  # of killed processes: only the lock's holder writes here
         elif mark.exists():
-            raise UserError(f"{self.path}: holds an unfinished run", "continue it with --resume, or delete that folder, or name another --output-dir")
+            raise UserError(
+                f"{self.path}: holds an unfinished run",
+                "continue it with --resume, or delete that folder, or name another --output-dir",
+            )
         else:
             with atomic_path(self.path) as partial:
-                write_text(partial / mark.name, "This run has not ended. Continue it with --resume, or delete this folder.\n")
+                write_text(
+                    partial / mark.name,
+                    "This run has not ended. Continue it with --resume, or delete this folder.\n",
+                )
                 write_json(partial / record.name, {"settings": settings, **facts})
 
-    def _refuse_changes(self, before: Any, settings: dict[str, Any], facts: dict[str, Any], free: Collection[str]) -> None:
+    def _refuse_changes(
+        self, before: Any, settings: dict[str, Any], facts: dict[str, Any], free: Collection[str]
+    ) -> None:
         """Raise a UserError that names what differs from the record of an earlier start."""
         changed = []
         for part, now in (("settings", settings), ("inputs", facts.get("inputs", {}))):
             was = before.get(part, {}) if isinstance(before, dict) else None
             if not isinstance(was, dict):
-                raise UserError(f"{self.path / 'settings.json'}: is not what a run writes", "delete the run's folder, or use another --output-dir")
-            changed += [f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if key not in free and was.get(key) != value]
+                raise UserError(
+                    f"{self.path / 'settings.json'}: is not what a run writes",
+                    "delete the run's folder, or use another --output-dir",
+                )
+            changed += [
+                f"{key} was {was.get(key)!r}, is {value!r}"
+                for key, value in now.items()
+                if key not in free and was.get(key) != value
+            ]
         if changed:
-            raise UserError(f"{self.output}: cannot resume with changed settings or data ({'; '.join(changed)})", "use the same, or another --output-dir")
+            raise UserError(
+                f"{self.output}: cannot resume with changed settings or data"
+                f" ({'; '.join(changed)})",
+                "use the same, or another --output-dir",
+            )
 
     def finish(self) -> None:
-        """Mark the run as finished, drop its checkpoints, and put it in the place of an earlier one."""
+        """Mark the run as finished, drop its checkpoints, and put it in the place of an earlier
+        one.
+        """
         (self.path / "UNFINISHED").unlink()
         if self.path != self.output:
             replace_folder(self.path, self.output)
@@ -393,14 +487,18 @@ def _is_finished(run: Path) -> bool:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two steps; a second Ctrl-C ends at once, unless `patient`."""
+    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two
+    steps; a second Ctrl-C ends at once, unless `patient`.
+    """
 
     def __init__(self, patient: bool = False) -> None:
         self.received: int | None = None
         self.patient = patient  # launchers and schedulers pass the same signal on twice
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -413,17 +511,27 @@ class StopSignal:
         self.received = signum
 
     def raise_received(self) -> None:
-        """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing came."""
+        """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing
+        came.
+        """
         if self.received is not None:
             raise KeyboardInterrupt if self.received == signal.SIGINT else Terminated
 
 
 def log_to_stderr(also: Path | None = None) -> None:
-    """Send the scripts' log to stderr, and to the file `also` (appended). Called by entry scripts only."""
+    """Send the scripts' log to stderr, and to the file `also` (appended). Called by entry scripts
+    only.
+    """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if also:
         handlers.append(logging.FileHandler(also, encoding="utf-8"))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
     logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
     for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -432,8 +540,15 @@ def log_to_stderr(also: Path | None = None) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """What a result was made with: this code's commit, Python, the libraries that compute, and the processor."""
-    found: dict[str, str | None] = {"commit": _commit(), "python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
+    """What a result was made with: this code's commit, Python, the libraries that compute, and the
+    processor.
+    """
+    found: dict[str, str | None] = {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": str(os.cpu_count()),
+    }
     for name in ("torch", "transformers", "tokenizers", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -441,11 +556,21 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """The git commit of this code with "+" after it if files were changed since; None outside a checkout."""
+    """The git commit of this code with "+" after it if files were changed since; None outside a
+    checkout.
+    """
     where = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -1,7 +1,9 @@
-"""Papers files, splits, summary pairs and batches: the only code that reads the papers format (README, "Data format").
+"""Papers files, splits, summary pairs and batches: the only code that reads the papers format
+(README, "Data format").
 
-A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (unique), `title`, `abstract`, and optionally `summaries` (list of strings), `query`,
-`field`, `topic`, `source` (strings), `visits` (visits an epoch in training). Unknown keys are kept in `extra`.
+A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (unique), `title`,
+`abstract`, and optionally `summaries` (list of strings), `query`, `field`, `topic`, `source`
+(strings), `visits` (visits an epoch in training). Unknown keys are kept in `extra`.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ log = logging.getLogger(__name__)
 TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
 # A line longer than this is no paper: 16 MiB are some three million words.
 LONGEST_LINE = 16 * 2**20
-LONGEST_ID, LONGEST_WORD = 1_000, 5_000  # characters; comparing texts takes time by the square of a word's combining marks
+# characters; comparing texts takes time by the square of a word's combining marks
+LONGEST_ID, LONGEST_WORD = 1_000, 5_000
 MOST_VISITS = 100
-# Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
+# Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part
+# [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
 SHINGLE_WORDS = 8
 SKETCH = 24
 NEAR_EQUAL = 0.5
@@ -39,7 +43,9 @@ NEAR_EQUAL = 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Paper:
-    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation (see `normalise`); `visits` is its visits an epoch."""
+    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation
+    (see `normalise`); `visits` is its visits an epoch.
+    """
 
     id: str
     title: str = ""
@@ -63,20 +69,26 @@ class Paper:
 
 
 def normalise(text: str) -> str:
-    """The form in which texts are compared for equality: NFKC, lower case, single spaces, no closing full stop."""
+    """The form in which texts are compared for equality: NFKC, lower case, single spaces, no
+    closing full stop.
+    """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 
 
-def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool = False) -> Iterator[Paper]:
+def read_papers(
+    path: str | Path, need: Collection[str] = (), skip_invalid: bool = False
+) -> Iterator[Paper]:
     """Stream the papers of a file, plain or gzipped, each validated.
 
     Args:
         path: the papers file.
-        need: keys besides `id` that every paper must have, non-blank ("summaries" for training, "title" and "abstract" for the benchmark).
+        need: keys besides `id` that every paper must have, non-blank ("summaries" for training,
+            "title" and "abstract" for the benchmark).
         skip_invalid: leave bad lines out and log how many, instead of stopping at the first.
 
     Raises:
-        UserError: no such file, not a papers file, or (without skip_invalid) a bad line; names file, line, key and mend.
+        UserError: no such file, not a papers file, or (without skip_invalid) a bad line; names
+            file, line, key and mend.
     """
     seen: set[str] = set()
     skipped, count = 0, 0
@@ -84,10 +96,16 @@ def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool
         try:
             paper = _parse(line, need)
             if paper.id in seen:
-                raise _BadLine(f'id "{paper.id[:80]}" stands on an earlier line too', "give every paper its own id")
+                raise _BadLine(
+                    f'id "{paper.id[:80]}" stands on an earlier line too',
+                    "give every paper its own id",
+                )
         except _BadLine as bad:
             if not skip_invalid:
-                raise UserError(f"{path}:{number}: {bad.what}", f"{bad.mend} (or leave bad lines out with --skip-invalid)") from None
+                raise UserError(
+                    f"{path}:{number}: {bad.what}",
+                    f"{bad.mend} (or leave bad lines out with --skip-invalid)",
+                ) from None
             skipped += 1
             continue
         seen.add(paper.id)
@@ -96,14 +114,19 @@ def read_papers(path: str | Path, need: Collection[str] = (), skip_invalid: bool
     if skipped:
         log.warning("%s: left out %d bad lines, kept %d papers", path, skipped, count)
     if not count:
-        raise UserError(f"{path}: holds no papers", "give a JSONL file with one paper a line (README, Data format)")
+        raise UserError(
+            f"{path}: holds no papers",
+            "give a JSONL file with one paper a line (README, Data format)",
+        )
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text) of every non-blank line of a plain text file (see `raw_lines`), without white space around it.
+    """(1-based number, text) of every non-blank line of a plain text file (see `raw_lines`),
+    without white space around it.
 
     Raises:
-        UserError: as `raw_lines`; without skip_invalid also a line that is not UTF-8; no line at all.
+        UserError: as `raw_lines`; without skip_invalid also a line that is not UTF-8; no line at
+            all.
     """
     count, skipped = 0, 0
     for number, line in raw_lines(path):
@@ -111,7 +134,10 @@ def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[i
             text = line.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             if not skip_invalid:
-                raise UserError(f"{path}:{number}: is not UTF-8", "save the file as UTF-8 (or leave bad lines out with --skip-invalid)") from None
+                raise UserError(
+                    f"{path}:{number}: is not UTF-8",
+                    "save the file as UTF-8 (or leave bad lines out with --skip-invalid)",
+                ) from None
             skipped += 1
             continue
         count += 1
@@ -129,7 +155,8 @@ class _BadLine(Exception):
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, raw line) of every non-blank line of a file, or of standard input for "-"; gzip is told by its first two bytes, not by the name.
+    """(1-based number, raw line) of every non-blank line of a file, or of standard input for "-";
+    gzip is told by its first two bytes, not by the name.
 
     Raises:
         UserError: no such file, damaged, or a line longer than LONGEST_LINE.
@@ -142,18 +169,31 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             while line := stream.readline(LONGEST_LINE):
                 number += 1
                 if len(line) == LONGEST_LINE:
-                    raise UserError(f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB", "give one paper a line")
+                    raise UserError(
+                        f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB",
+                        "give one paper a line",
+                    )
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
         made_by_us = str(path) in (PROFILES["paper"]["train_file"], PROFILES["paper"]["eval_file"])
-        raise UserError(f"{path}: no such file", PAPER_DATA if made_by_us else "check the path and the folder you are in") from None
+        raise UserError(
+            f"{path}: no such file",
+            PAPER_DATA if made_by_us else "check the path and the folder you are in",
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged gzip file ({error})", "copy or compress it again") from None
+        raise UserError(
+            f"{path}: damaged gzip file ({error})", "copy or compress it again"
+        ) from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder", "name a papers file (README, Data format)") from None
+        raise UserError(
+            f"{path}: is a folder", "name a papers file (README, Data format)"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})", "check the path and its permissions") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error})",
+            "check the path and its permissions",
+        ) from None
 
 
 def _parse(line: bytes, need: Collection[str]) -> Paper:
@@ -161,7 +201,9 @@ def _parse(line: bytes, need: Collection[str]) -> Paper:
     row = _json_object(line)
     for key in TEXT_KEYS:
         if not isinstance(row.get(key, ""), str):
-            raise _BadLine(f'key "{key}" is {_kind(row[key])}', "make it a string, or leave the key out")
+            raise _BadLine(
+                f'key "{key}" is {_kind(row[key])}', "make it a string, or leave the key out"
+            )
     summaries = row.get("summaries", [])
     if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
         raise _BadLine('key "summaries" is not a list of strings', "make it one")
@@ -178,17 +220,31 @@ def _parse(line: bytes, need: Collection[str]) -> Paper:
             distinct.setdefault(normalise(text), text)
     visits = row.get("visits", 1)
     if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
-        raise _BadLine('key "visits" is not a whole number from 1 to 100', "mend it, or leave the key out")
-    extra = {key: value for key, value in row.items() if key not in (*TEXT_KEYS, "summaries", "visits")}
-    return Paper(summaries=tuple(distinct.values()), visits=visits, extra=extra, **{key: row[key] for key in TEXT_KEYS if key in row})
+        raise _BadLine(
+            'key "visits" is not a whole number from 1 to 100', "mend it, or leave the key out"
+        )
+    extra = {
+        key: value for key, value in row.items() if key not in (*TEXT_KEYS, "summaries", "visits")
+    }
+    return Paper(
+        summaries=tuple(distinct.values()),
+        visits=visits,
+        extra=extra,
+        **{key: row[key] for key in TEXT_KEYS if key in row},
+    )
 
 
 def _check_sizes(identity: str, texts: list[str]) -> None:
     if len(identity) > LONGEST_ID:
-        raise _BadLine(f'key "id" has more than {LONGEST_ID} characters', "give the paper a shorter id")
+        raise _BadLine(
+            f'key "id" has more than {LONGEST_ID} characters', "give the paper a shorter id"
+        )
     for text in texts:
         if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
-            raise _BadLine(f"a text holds a word of more than {LONGEST_WORD} characters", "mend that text or drop the paper")
+            raise _BadLine(
+                f"a text holds a word of more than {LONGEST_WORD} characters",
+                "mend that text or drop the paper",
+            )
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -203,7 +259,9 @@ def _json_object(line: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise _BadLine("holds half a surrogate pair", "write the character whole") from None
     except json.JSONDecodeError as error:
-        raise _BadLine(f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line") from None
+        raise _BadLine(
+            f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise _BadLine(f"is not JSON ({error})", "write one JSON object a line") from None
     if not isinstance(row, dict):
@@ -223,15 +281,24 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(value: object) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
-def split_validation(papers: list[Paper], share: float, most: int, seed: int) -> tuple[list[Paper], list[Paper]]:
-    """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers have one, else single papers.
+def split_validation(
+    papers: list[Paper], share: float, most: int, seed: int
+) -> tuple[list[Paper], list[Paper]]:
+    """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers
+    have one, else single papers.
 
-    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the end of a topic). Which ones depends on `seed`, topics and
-    ids alone, not on the file's order.
+    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the
+    end of a topic). Which ones depends on `seed`, topics and ids alone, not on the file's order.
 
     Raises:
         UserError: too few papers to leave two on both sides.
@@ -245,23 +312,34 @@ def split_validation(papers: list[Paper], share: float, most: int, seed: int) ->
             groups.setdefault(key, []).append(paper.id)
         names = sorted(groups)
         for key in (names[i] for i in np.random.default_rng(seed).permutation(len(names))):
-            if len(held) < wanted and len(held) + len(groups[key]) <= min(2 * wanted, len(papers) - 2):
+            if len(held) < wanted and len(held) + len(groups[key]) <= min(
+                2 * wanted, len(papers) - 2
+            ):
                 held.update(groups[key])
         if len(held) >= 2:
             return [p for p in papers if p.id not in held], [p for p in papers if p.id in held]
-    raise UserError(f"{len(papers)} papers with two different summaries are too few to train and validate on", "give at least four papers")
+    raise UserError(
+        f"{len(papers)} papers with two different summaries are too few to train and validate on",
+        "give at least four papers",
+    )
 
 
 def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
-    """Batches that visit each paper `visits` times; an incomplete last batch is left to the next epoch's shuffle."""
+    """Batches that visit each paper `visits` times; an incomplete last batch is left to the next
+    epoch's shuffle.
+    """
     return max(1, sum(paper.visits for paper in papers) // batch_size)
 
 
-def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int, joined_share: float = 0.0) -> list[tuple[str, str]]:
-    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of it drawn at random; in `joined_share` of the pairs the
-    positive is all its other summaries in one text.
+def batch_pairs(
+    papers: list[Paper], seed: int, step: int, batch_size: int, joined_share: float = 0.0
+) -> list[tuple[str, str]]:
+    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of
+    it drawn at random; in `joined_share` of the pairs the positive is all its other summaries in
+    one text.
 
-    A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run sees the same batches. `step` counts from 0.
+    A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run
+    sees the same batches. `step` counts from 0.
     """
     epoch, place = divmod(step, steps_per_epoch(papers, batch_size))
     visited = np.repeat(np.arange(len(papers)), [paper.visits for paper in papers])
@@ -273,7 +351,9 @@ def batch_pairs(papers: list[Paper], seed: int, step: int, batch_size: int, join
     return [_draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
 
 
-def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float) -> tuple[str, str]:
+def _draw_pair(
+    summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float
+) -> tuple[str, str]:
     first, second = draw.choice(len(summaries), size=2, replace=False)
     if joined_share and draw.random() < joined_share:
         others = [i for i in draw.permutation(len(summaries)) if i != first]
@@ -283,19 +363,31 @@ def _draw_pair(summaries: tuple[str, ...], draw: np.random.Generator, joined_sha
 
 @functools.lru_cache(maxsize=2)  # a paper is looked up, then added
 def sketch(text: str) -> tuple[int, ...]:
-    """The smallest hashes of a text's word 8-grams, at most SKETCH of them: two texts share about as large a part of these as of all their 8-grams."""
+    """The smallest hashes of a text's word 8-grams, at most SKETCH of them: two texts share about
+    as large a part of these as of all their 8-grams.
+    """
     words = re.findall(r"\w+", normalise(text))
-    grams = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))} if words else set()
+    grams = (
+        {
+            " ".join(words[i : i + SHINGLE_WORDS])
+            for i in range(max(1, len(words) - SHINGLE_WORDS + 1))
+        }
+        if words
+        else set()
+    )
     return tuple(sorted({zlib.crc32(gram.encode()) for gram in grams})[:SKETCH])
 
 
 class SeenPapers:
-    """Finds papers that stand in a given collection already: by id, normalised title, or near-equal abstract (half of the sketch shared)."""
+    """Finds papers that stand in a given collection already: by id, normalised title, or near-equal
+    abstract (half of the sketch shared).
+    """
 
     def __init__(self, papers: Iterable[Paper] = ()) -> None:
         self.ids: set[str] = set()
         self.titles: set[str] = set()
-        self.owners: dict[int, int] = {}  # hash of an 8-gram -> number of the first abstract that held it
+        # hash of an 8-gram -> number of the first abstract that held it
+        self.owners: dict[int, int] = {}
         self.sizes: list[int] = []
         self.whole: set[int] = set()  # hashes of whole sketches, for exact copies
         for paper in papers:
@@ -314,14 +406,19 @@ class SeenPapers:
             self.whole.add(hash(hashes))
 
     def reason(self, paper: Paper) -> str | None:
-        """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it does not."""
+        """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it
+        does not.
+        """
         if paper.id in self.ids:
             return "id"
         if paper.title.strip() and normalise(paper.title) in self.titles:
             return "title"
         hashes = sketch(paper.abstract)
         shared = Counter(self.owners[value] for value in hashes if value in self.owners)
-        near = hash(hashes) in self.whole or any(count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner]) for owner, count in shared.items())
+        near = hash(hashes) in self.whole or any(
+            count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner])
+            for owner, count in shared.items()
+        )
         return "abstract" if near else None
 
 
@@ -341,12 +438,16 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
     papers = list(papers)
     kept = [paper for paper in papers if len(paper.summaries) >= 2]
     if len(kept) < len(papers):
-        log.info("left out %d papers with fewer than two different summaries", len(papers) - len(kept))
+        log.info(
+            "left out %d papers with fewer than two different summaries", len(papers) - len(kept)
+        )
     return kept
 
 
 def shard_slice(shard: str) -> slice:
-    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4" -> slice(1, None, 4). UserError: it is not written so."""
+    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4"
+    -> slice(1, None, 4). UserError: it is not written so.
+    """
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
         raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
@@ -354,9 +455,11 @@ def shard_slice(shard: str) -> slice:
 
 
 def halves(abstract: str) -> tuple[str, str] | None:
-    """Cut an abstract in two after a sentence end (`.`, `!` or `?` before white space), as close to half of its characters as possible.
+    """Cut an abstract in two after a sentence end (`.`, `!` or `?` before white space), as close to
+    half of its characters as possible.
 
-    The earlier place wins a tie; the white space at the cut is dropped. None where there is no such place. The paper's own rule is unknown; this is ours.
+    The earlier place wins a tie; the white space at the cut is dropped. None where there is no such
+    place. The paper's own rule is unknown; this is ours.
     """
     text = abstract.strip()
     if not (places := [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]):

@@ -1,4 +1,5 @@
-"""The experiment: take an encoder, train it on summary pairs, and measure it on the four semantic tasks before and after.
+"""The experiment: take an encoder, train it on summary pairs, and measure it on the four semantic
+tasks before and after.
 
 python main.py                      sample papers, bundled encoder, CPU
 python main.py --metric cosine      the cosine version (or edit the line `metric` in settings.py)
@@ -18,7 +19,9 @@ from settings import FREE_ON_RESUME, Settings, parse_settings
 
 
 def main() -> None:
-    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it. Of several processes all but the first only train."""
+    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it. Of
+    several processes all but the first only train.
+    """
     settings = parse_settings()
     files.log_to_stderr()
     from baseline_models import Wanted, load_for_training, load_model
@@ -41,13 +44,23 @@ def main() -> None:
         results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
         train(encoder, papers, held_out, settings, folder.path, group)
         encoder.save(folder.path / "model", base=settings.encoder)
-        results["benchmark"] = benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")
+        results["benchmark"] = benchmark(
+            encoder, evaluation, settings, folder.path / "benchmark.json"
+        )
         recipe, origins = load_model(settings.encoder, Wanted(), settings)
-        results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json", origins)
+        results["recipe"] = benchmark(
+            recipe, evaluation, settings, folder.path / "recipe.json", origins
+        )
         conclude(results, settings, folder)
 
 
-def benchmark(encoder: Any, evaluation: list[Any], settings: Settings, path: Path, origins: dict[str, str] | None = None) -> dict[str, Any]:
+def benchmark(
+    encoder: Any,
+    evaluation: list[Any],
+    settings: Settings,
+    path: Path,
+    origins: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Score `encoder` and write `path`; a resumed run takes what it scored before."""
     from semantic_benchmark import describe, evaluate
 
@@ -60,13 +73,22 @@ def benchmark(encoder: Any, evaluation: list[Any], settings: Settings, path: Pat
     return result
 
 
-def conclude(results: dict[str, dict[str, Any]], settings: Settings, folder: files.RunFolder) -> None:
+def conclude(
+    results: dict[str, dict[str, Any]], settings: Settings, folder: files.RunFolder
+) -> None:
     """Print the table, write benchmark.md, end the run, and make its page."""
     from semantic_benchmark import markdown, notes_on, table_lines
 
     named = {f"{settings.encoder} {ROWS[key]}": results[key] for key in ROWS}
-    usages = [f'"{row}": {result["pooling"]} pooling, {result["metric"]} distance.' for row, result in named.items()]
-    text = markdown(f"SemCSE run {Path(settings.output_dir).name}", table_lines(named), [*notes_on(results["benchmark"]), *usages])
+    usages = [
+        f'"{row}": {result["pooling"]} pooling, {result["metric"]} distance.'
+        for row, result in named.items()
+    ]
+    text = markdown(
+        f"SemCSE run {Path(settings.output_dir).name}",
+        table_lines(named),
+        [*notes_on(results["benchmark"]), *usages],
+    )
     files.write_text(folder.path / "benchmark.md", text)
     folder.finish()
     logging.info("the trained model is %s", folder.output / "model")

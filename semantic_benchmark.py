@@ -1,7 +1,10 @@
-"""The semantic benchmark: title-abstract matching, abstract segments, query matching and clustering, for any model; and the Perf score over several.
+"""The semantic benchmark: title-abstract matching, abstract segments, query matching and
+clustering, for any model; and the Perf score over several.
 
-The protocol is written in README ("Benchmark protocol"): what the paper leaves open is our definition there. Usage:
-    python semantic_benchmark.py --model runs/quickstart-euclidean/model --model all-MiniLM-L6-v2 --eval-file data/sample_test.jsonl
+The protocol is written in README ("Benchmark protocol"): what the paper leaves open is our
+definition there. Usage:
+    python semantic_benchmark.py --model runs/quickstart-euclidean/model --model all-MiniLM-L6-v2
+        --eval-file data/sample_test.jsonl
 Other harnesses (mteb, SciRepEval) are in docs/other_harnesses.md.
 """
 
@@ -42,7 +45,9 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's scores: `report` is what benchmark.json holds, `per_paper` a rank or purity for each paper (NaN where the task left it out)."""
+    """One model's scores: `report` is what benchmark.json holds, `per_paper` a rank or purity for
+    each paper (NaN where the task left it out).
+    """
 
     report: dict[str, Any]
     per_paper: dict[str, Values]
@@ -50,7 +55,9 @@ class Evaluation:
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """The papers of an evaluation file: all have title and abstract, and there are at least two. UserError: see `load_data.read_papers`."""
+    """The papers of an evaluation file: all have title and abstract, and there are at least two.
+    UserError: see `load_data.read_papers`.
+    """
     papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
     if len(papers) < 2:
         raise UserError(f"{path}: holds one paper only", "ranks need at least two")
@@ -85,21 +92,44 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
     embedded = time.perf_counter()
     everything = list(range(len(papers)))
     results = {
-        "title_abstract": _matching(titles, abstracts, everything, everything, usage.metric, len(papers)),
-        "abstract_segments": _matching(first, second, whole, list(range(len(whole))), usage.metric, len(papers)),
+        "title_abstract": _matching(
+            titles, abstracts, everything, everything, usage.metric, len(papers)
+        ),
+        "abstract_segments": _matching(
+            first, second, whole, list(range(len(whole))), usage.metric, len(papers)
+        ),
         "query": _matching(queries, abstracts, asked, asked, usage.metric, len(papers)),
         "clustering": _clustering(abstracts, [paper.field for paper in papers], usage.metric, seed),
     }
-    tasks = {name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()}
+    tasks = {
+        name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()
+    }
     tasks["abstract_segments"]["left_out"] = len(papers) - len(whole)
-    seconds = {"embedding": round(embedded - started, 3), "tasks": round(time.perf_counter() - embedded, 3)}
+    seconds = {
+        "embedding": round(embedded - started, 3),
+        "tasks": round(time.perf_counter() - embedded, 3),
+    }
     truncated = sum(one.cut for one in done) / sum(len(one.vectors) for one in done)
-    report = {"tasks": tasks, "n_papers": len(papers), "truncated_share": round(truncated, 6), "seconds": seconds}
+    report = {
+        "tasks": tasks,
+        "n_papers": len(papers),
+        "truncated_share": round(truncated, 6),
+        "seconds": seconds,
+    }
     return Evaluation(report, {name: values for name, (_, values) in results.items()}, abstracts)
 
 
-def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[int], metric: Metric, papers: int) -> tuple[dict[str, Any], Values]:
-    """A ranking task: its scores, and each paper's rank (NaN for papers that are not queries). owners: the paper of each query; positives: its candidate."""
+def _matching(
+    queries: Any,
+    candidates: Any,
+    owners: list[int],
+    positives: list[int],
+    metric: Metric,
+    papers: int,
+) -> tuple[dict[str, Any], Values]:
+    """A ranking task: its scores, and each paper's rank (NaN for papers that are not queries).
+    owners: the paper of each query; positives: its candidate.
+    """
     import torch
 
     from similarity import ranks
@@ -107,7 +137,13 @@ def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[
     per_paper = np.full(papers, np.nan)
     pool = len(candidates)
     if not len(queries) or pool < 2:
-        return {"reason": "no paper has the text this task needs" if not len(queries) else "fewer than two candidates"}, per_paper
+        return {
+            "reason": (
+                "no paper has the text this task needs"
+                if not len(queries)
+                else "fewer than two candidates"
+            )
+        }, per_paper
     found = ranks(queries, candidates, metric, torch.tensor(positives)).numpy()
     per_paper[owners] = found
     scores = {
@@ -123,10 +159,13 @@ def _matching(queries: Any, candidates: Any, owners: list[int], positives: list[
     return scores, per_paper
 
 
-def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int, k: int = NEIGHBOURS) -> tuple[dict[str, Any], Values]:
+def _clustering(
+    abstracts: Any, fields: list[str], metric: Metric, seed: int, k: int = NEIGHBOURS
+) -> tuple[dict[str, Any], Values]:
     """Mean share of a paper's k nearest labelled papers that have its field.
 
-    The papers are visited in a seeded random order, so that exactly equal distances (a collapsed model) bring chance, not the file's order.
+    The papers are visited in a seeded random order, so that exactly equal distances (a collapsed
+    model) bring chance, not the file's order.
     """
     import torch
 
@@ -144,19 +183,29 @@ def _clustering(abstracts: Any, fields: list[str], metric: Metric, seed: int, k:
     names = np.array([fields[i] for i in labelled])
     same = names[neighbours.numpy()] == names[query_places][:, None]
     per_paper[labelled[query_places]] = same.mean(axis=1)
-    scores = {"purity": float(same.mean()), "k": k, "n": len(query_places), "left_out": len(labelled) - len(query_places), "pool": len(labelled)}
+    scores = {
+        "purity": float(same.mean()),
+        "k": k,
+        "n": len(query_places),
+        "left_out": len(labelled) - len(query_places),
+        "pool": len(labelled),
+    }
     return scores, per_paper
 
 
 def _with_interval(name: str, task: dict[str, Any], values: Values, seed: int) -> dict[str, Any]:
-    """A task's scores with the bootstrap 95% interval of its main score, or null scores with the reason."""
+    """A task's scores with the bootstrap 95% interval of its main score, or null scores with the
+    reason.
+    """
     if "reason" in task:
         return {main_score(name): None, "reason": task["reason"]}
     return task | {"ci95": list(bootstrap_interval(values[~np.isnan(values)], seed))}
 
 
 def main_score(task: str) -> str:
-    """The score that tables show of a task: "purity" (higher is better) or "mean_rank" (lower is better)."""
+    """The score that tables show of a task: "purity" (higher is better) or "mean_rank" (lower is
+    better).
+    """
     return "purity" if task == "clustering" else "mean_rank"
 
 
@@ -169,7 +218,8 @@ def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
 
 
 def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tuple[float, float]]:
-    """Mean of `one` - `other` over the papers that both have a value for, and its percentile bootstrap 95% interval: the same papers are drawn for both.
+    """Mean of `one` - `other` over the papers that both have a value for, and its percentile
+    bootstrap 95% interval: the same papers are drawn for both.
 
     Raises:
         ValueError: no paper has both.
@@ -180,33 +230,54 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
     return float(differences.mean()), bootstrap_interval(differences, seed)
 
 
-def paired_differences(per_paper: Mapping[str, Mapping[str, Values]], seed: int) -> list[dict[str, Any]]:
-    """For every two models and every task that both have: the mean of the first's values minus the second's, with its 95% interval."""
+def paired_differences(
+    per_paper: Mapping[str, Mapping[str, Values]], seed: int
+) -> list[dict[str, Any]]:
+    """For every two models and every task that both have: the mean of the first's values minus the
+    second's, with its 95% interval.
+    """
     rows = []
     for (one, first), (other, second) in itertools.combinations(per_paper.items(), 2):
         tasks = [task for task in TASKS if not np.isnan(first[task] - second[task]).all()]
         found = {task: paired_difference(first[task], second[task], seed) for task in tasks}
-        rows.append({"models": [one, other], "tasks": {task: {"difference": mean, "ci95": list(interval)} for task, (mean, interval) in found.items()}})
+        rows.append(
+            {
+                "models": [one, other],
+                "tasks": {
+                    task: {"difference": mean, "ci95": list(interval)}
+                    for task, (mean, interval) in found.items()
+                },
+            }
+        )
     return rows
 
 
 def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Perf of each model relative to the others: the mean over the four tasks of clip(1 - (x - best) / (2 (median - best)), 0, 1) [METHOD: inferred].
+    """Perf of each model relative to the others: the mean over the four tasks of clip(1 - (x -
+    best) / (2 (median - best)), 0, 1) [METHOD: inferred].
 
     Args:
         tables: model -> task -> main score (mean ranks, and purity for "clustering").
 
     Returns:
-        model -> Perf in [0, 1]; None for every model if there are fewer than three, and for a model that lacks a task. Where the median equals the best,
+        model -> Perf in [0, 1]; None for every model if there are fewer than three, and for a model
+            that lacks a task. Where the median equals the best,
         the best model gets 1 and the others 0.
     """
     if len(tables) < 3:
         return dict.fromkeys(tables, None)
-    columns = {task: [x for table in tables.values() if (x := table.get(task)) is not None] for task in TASKS}
+    columns = {
+        task: [x for table in tables.values() if (x := table.get(task)) is not None]
+        for task in TASKS
+    }
     perf: dict[str, float | None] = {}
     for model, table in tables.items():
         scores = [table.get(task) for task in TASKS]
-        complete = [_perf_of_task(task, x, columns[task]) for task, x in zip(TASKS, scores, strict=True) if x is not None]
+        complete = [
+            _perf_of_task(task, x, columns[task])
+            for task, x in zip(TASKS, scores, strict=True)
+            if x is not None
+        ]
         perf[model] = statistics.fmean(complete) if len(complete) == len(TASKS) else None
     return perf
 
@@ -219,15 +290,33 @@ def _perf_of_task(task: str, x: float, column: list[float]) -> float:
     return min(1.0, max(0.0, 1 - 0.5 * (x - best) / (median - best)))
 
 
-def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, origins: Mapping[str, str], seed: int) -> dict[str, Any]:
+def describe(
+    encoder: Encoder, eval_file: str, evaluation: Evaluation, origins: Mapping[str, str], seed: int
+) -> dict[str, Any]:
     """The object of benchmark.json for one model (README, "Benchmark protocol")."""
     usage = dataclasses.asdict(encoder.usage)
-    head = {"model": encoder.name, "metric": usage["metric"], "pooling": usage["pooling"], "eval_file": eval_file}
-    return head | evaluation.report | {"settings": usage | {"read_from": dict(origins), "seed": seed}, "versions": files.versions()}
+    head = {
+        "model": encoder.name,
+        "metric": usage["metric"],
+        "pooling": usage["pooling"],
+        "eval_file": eval_file,
+    }
+    return (
+        head
+        | evaluation.report
+        | {
+            "settings": usage | {"read_from": dict(origins), "seed": seed},
+            "versions": files.versions(),
+        }
+    )
 
 
-def table_lines(named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float | None] | None = None) -> list[str]:
-    """A markdown table, one row a model: main scores with 95% intervals; the pools stand in the head."""
+def table_lines(
+    named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float | None] | None = None
+) -> list[str]:
+    """A markdown table, one row a model: main scores with 95% intervals; the pools stand in the
+    head.
+    """
     some = next(iter(named.values()))["tasks"]
     heads = [_column_head(task, some[task]) for task in TASKS] + (["Perf"] if perf else [])
     rows = [["", *heads]]
@@ -235,7 +324,10 @@ def table_lines(named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float
         perf_cell = [_number(perf.get(name), 3)] if perf else []
         rows.append([name, *(_cell(task, result["tasks"][task]) for task in TASKS), *perf_cell])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
@@ -243,10 +335,20 @@ def _paired_lines(paired: list[dict[str, Any]]) -> list[str]:
     """A markdown table of paired differences, headed; nothing for a single model."""
     if not paired:
         return []
-    lines = ["", "Paired differences: the first model's values minus the second's on the same papers; an interval without 0 is a difference.", ""]
+    lines = [
+        "",
+        (
+            "Paired differences: the first model's values minus the second's on the same papers; an"
+            " interval without 0 is a difference."
+        ),
+        "",
+    ]
     lines += [f"| | {' | '.join(TASKS)} |", "|---" * 5 + "|"]
     for row in paired:
-        cells = [_difference_cell(task, row["tasks"][task]) if task in row["tasks"] else "no data" for task in TASKS]
+        cells = [
+            _difference_cell(task, row["tasks"][task]) if task in row["tasks"] else "no data"
+            for task in TASKS
+        ]
         lines.append(f"| {' - '.join(row['models'])} | {' | '.join(cells)} |")
     return lines
 
@@ -258,7 +360,11 @@ def _difference_cell(task: str, found: Mapping[str, Any]) -> str:
 
 
 def _column_head(task: str, result: Mapping[str, Any]) -> str:
-    pool = f" (pool {result['pool']}" + (f", k {result['k']})" if "k" in result else ")") if "pool" in result else ""
+    pool = (
+        f" (pool {result['pool']}" + (f", k {result['k']})" if "k" in result else ")")
+        if "pool" in result
+        else ""
+    )
     return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
 
 
@@ -266,7 +372,10 @@ def _cell(task: str, result: Mapping[str, Any]) -> str:
     score, digits = result[main_score(task)], 3 if task == "clustering" else 2
     if score is None:
         return "no data"
-    return f"{_number(score, digits)} [{', '.join(_number(bound, digits) for bound in result['ci95'])}]"
+    return (
+        f"{_number(score, digits)}"
+        f" [{', '.join(_number(bound, digits) for bound in result['ci95'])}]"
+    )
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -281,9 +390,18 @@ def markdown(title: str, table: list[str], notes: list[str]) -> str:
 def notes_on(report: Mapping[str, Any]) -> list[str]:
     """What a reader of a table must know: data, sizes, left-out papers, missing tasks."""
     tasks = report["tasks"]
-    notes = [f"{report['n_papers']} papers of {report['eval_file']}; mean ranks and purity with bootstrap 95% intervals over papers ({RESAMPLES} resamples)."]
-    notes += [f"{name}: no data, {task['reason']}." for name, task in tasks.items() if "reason" in task]
-    notes += [f"{name}: {task['left_out']} papers left out." for name, task in tasks.items() if task.get("left_out")]
+    notes = [
+        f"{report['n_papers']} papers of {report['eval_file']}; mean ranks and purity with"
+        f" bootstrap 95% intervals over papers ({RESAMPLES} resamples)."
+    ]
+    notes += [
+        f"{name}: no data, {task['reason']}." for name, task in tasks.items() if "reason" in task
+    ]
+    notes += [
+        f"{name}: {task['left_out']} papers left out."
+        for name, task in tasks.items()
+        if task.get("left_out")
+    ]
     return notes
 
 
@@ -296,10 +414,15 @@ class Command:
     pooling: Pooling | None = None  # overrides the model's own pooling
     metric: Metric | None = None  # overrides the model's own metric
     max_length: int | None = None  # overrides the tokens kept of a text
-    eval_file: str = Settings.eval_file  # papers file with title and abstract; query and field where known
-    trained_on: tuple[str, ...] = ()  # papers file that one of the models was trained on: its papers are left out for all models; may be repeated
-    sweep: bool = False  # also say which pool sizes and k would bring one of the paper's models to its published figures
-    export_scirepeval: str = ""  # instead of scoring: write the one --model to this new folder as SciRepEval's own code loads it
+    # papers file with title and abstract; query and field where known
+    eval_file: str = Settings.eval_file
+    # papers file that one of the models was trained on: its papers are left out for all models; may
+    # be repeated
+    trained_on: tuple[str, ...] = ()
+    # also say which pool sizes and k would bring one of the paper's models to its published figures
+    sweep: bool = False
+    # instead of scoring: write the one --model to this new folder as SciRepEval's own code loads it
+    export_scirepeval: str = ""
     output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -323,9 +446,18 @@ def run(command: Command) -> None:
     papers, dropped = _without_training_papers(papers, command)
     per_paper: dict[str, Mapping[str, Values]] = {}
     found = {name: _evaluate_named(name, command, papers, per_paper) for name in command.model}
-    perf = perf_scores({name: {task: report["tasks"][task][main_score(task)] for task in TASKS} for name, report in found.items()})
+    perf = perf_scores(
+        {
+            name: {task: report["tasks"][task][main_score(task)] for task in TASKS}
+            for name, report in found.items()
+        }
+    )
     paired = paired_differences(per_paper, command.seed)
-    whole = next(iter(found.values())) if len(found) == 1 else {"models": list(found.values()), "perf": perf, "paired": paired}
+    whole = (
+        next(iter(found.values()))
+        if len(found) == 1
+        else {"models": list(found.values()), "perf": perf, "paired": paired}
+    )
     if command.trained_on:
         whole["left_out_as_training_papers"] = dropped
     table = table_lines(found, perf if len(found) > 2 else None) + _paired_lines(paired)
@@ -333,18 +465,29 @@ def run(command: Command) -> None:
         table += _sweep_lines(name, found[name]["fit"], _published(name), len(papers))
     print("\n".join(table))
     output = Path(command.output_dir)
-    notes = notes_on(next(iter(found.values()))) + [f"{count} papers left out: they stand in {path}." for path, count in dropped.items()]
+    notes = notes_on(next(iter(found.values()))) + [
+        f"{count} papers left out: they stand in {path}." for path, count in dropped.items()
+    ]
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
 
 
-def fit_protocol(encoder: Encoder, papers: list[Paper], evaluation: Evaluation, published: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """What the unknowns of the paper's protocol would have to be for `encoder` to reach its published figures on these papers [ours].
+def fit_protocol(
+    encoder: Encoder,
+    papers: list[Paper],
+    evaluation: Evaluation,
+    published: Mapping[str, float],
+    seed: int,
+) -> dict[str, Any]:
+    """What the unknowns of the paper's protocol would have to be for `encoder` to reach its
+    published figures on these papers [ours].
 
-    A random pool of n of the N candidates has the expected mean rank 1 + (mean rank - 1)(n - 1) / (N - 1), so a published mean rank implies a pool size. The
-    ranking tasks share their pool: the closer their implied sizes, the likelier data and halving rule are the paper's. Clustering is scored for several k. Both
-    are done for abstracts, and for title and abstract together where a text stands for the paper (query and clustering).
+    A random pool of n of the N candidates has the expected mean rank 1 + (mean rank - 1)(n - 1) /
+    (N - 1), so a published mean rank implies a pool size. The ranking tasks share their pool: the
+    closer their implied sizes, the likelier data and halving rule are the paper's. Clustering is
+    scored for several k. Both are done for abstracts, and for title and abstract together where a
+    text stands for the paper (query and clustering).
 
     Args:
         encoder: the published checkpoint.
@@ -354,48 +497,100 @@ def fit_protocol(encoder: Encoder, papers: list[Paper], evaluation: Evaluation, 
         seed: as `evaluate`.
 
     Returns:
-        text form -> {"implied_pool": {task: candidates}, "purity": {k: purity}, "nearest_k": the k whose purity is closest to the published one}.
+        text form -> {"implied_pool": {task: candidates}, "purity": {k: purity}, "nearest_k": the k
+            whose purity is closest to the published one}.
     """
-    joined = [dataclasses.replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers]
-    forms = {"abstract": (evaluation, TASKS[:3]), "title + abstract": (evaluate(encoder, joined, seed, "title + abstract"), ("query",))}
+    joined = [
+        dataclasses.replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers
+    ]
+    forms = {
+        "abstract": (evaluation, TASKS[:3]),
+        "title + abstract": (evaluate(encoder, joined, seed, "title + abstract"), ("query",)),
+    }
     found: dict[str, Any] = {}
     for form, (scored, tasks) in forms.items():
-        have = {task: scored.report["tasks"][task] for task in tasks if scored.report["tasks"][task]["mean_rank"] is not None}
-        pools = {task: implied_pool(one["mean_rank"], one["pool"], published[task]) for task, one in have.items()}
-        swept = {k: _clustering(scored.abstracts, [paper.field for paper in papers], encoder.usage.metric, seed, k)[0] for k in SWEPT_K}
+        have = {
+            task: scored.report["tasks"][task]
+            for task in tasks
+            if scored.report["tasks"][task]["mean_rank"] is not None
+        }
+        pools = {
+            task: implied_pool(one["mean_rank"], one["pool"], published[task])
+            for task, one in have.items()
+        }
+        swept = {
+            k: _clustering(
+                scored.abstracts, [paper.field for paper in papers], encoder.usage.metric, seed, k
+            )[0]
+            for k in SWEPT_K
+        }
         purities = {k: float(one["purity"]) for k, one in swept.items() if "purity" in one}
         gaps = {k: abs(purity - published["clustering"]) for k, purity in purities.items()}
-        found[form] = {"implied_pool": pools, "purity": purities, "nearest_k": min(gaps, key=lambda k: gaps[k], default=None)}
+        found[form] = {
+            "implied_pool": pools,
+            "purity": purities,
+            "nearest_k": min(gaps, key=lambda k: gaps[k], default=None),
+        }
     return found
 
 
 def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
-    """Candidates among which a model with this mean rank in `pool` is expected to have the published one; None for a perfect model, which has it in no pool."""
+    """Candidates among which a model with this mean rank in `pool` is expected to have the
+    published one; None for a perfect model, which has it in no pool.
+    """
     return 1 + (published - 1) * (pool - 1) / (mean_rank - 1) if mean_rank > 1 else None
 
 
-def _sweep_lines(name: str, fits: Mapping[str, Any], published: Mapping[str, float], papers: int) -> list[str]:
+def _sweep_lines(
+    name: str, fits: Mapping[str, Any], published: Mapping[str, float], papers: int
+) -> list[str]:
     """The findings of `fit_protocol` in words."""
     row = ", ".join(f"{task} {score}" for task, score in published.items())
-    lines = ["", f"{name}: pool sizes and k that would bring it to its published figures ({row}); {papers} papers here.", ""]
+    lines = [
+        "",
+        (
+            f"{name}: pool sizes and k that would bring it to its published figures ({row});"
+            f" {papers} papers here."
+        ),
+        "",
+    ]
     for form, fit in fits.items():
-        pools = ", ".join(f"{task} {'any' if pool is None else round(pool)}" for task, pool in fit["implied_pool"].items())
+        pools = ", ".join(
+            f"{task} {'any' if pool is None else round(pool)}"
+            for task, pool in fit["implied_pool"].items()
+        )
         purities = ", ".join(f"{k}: {purity:.3f}" for k, purity in fit["purity"].items())
-        lines.append(f"- {form}: implied pool: {pools or 'no data'}; purity by k: {purities or 'no data'}; closest to the published: k {fit['nearest_k']}.")
+        lines.append(
+            f"- {form}: implied pool: {pools or 'no data'}; purity by k: {purities or 'no data'};"
+            f" closest to the published: k {fit['nearest_k']}."
+        )
     return lines
 
 
-def _without_training_papers(papers: list[Paper], command: Command) -> tuple[list[Paper], dict[str, int]]:
-    """(papers that stand in none of the training files, training file -> how many of its papers were found). UserError: fewer than two papers are left."""
+def _without_training_papers(
+    papers: list[Paper], command: Command
+) -> tuple[list[Paper], dict[str, int]]:
+    """(papers that stand in none of the training files, training file -> how many of its papers
+    were found). UserError: fewer than two papers are left.
+    """
     dropped: dict[str, int] = {}
     kept = papers
     for path in command.trained_on:
         seen = SeenPapers(read_papers(path, (), command.skip_invalid))
         dropped[path] = sum(seen.reason(paper) is not None for paper in papers)
         kept = [paper for paper in kept if seen.reason(paper) is None]
-        log.info("%s: %d of %d papers of %s stand in it and are left out", path, dropped[path], len(papers), command.eval_file)
+        log.info(
+            "%s: %d of %d papers of %s stand in it and are left out",
+            path,
+            dropped[path],
+            len(papers),
+            command.eval_file,
+        )
     if len(kept) < 2:
-        raise UserError(f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on", "evaluate on papers that no model was trained on")
+        raise UserError(
+            f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on",
+            "evaluate on papers that no model was trained on",
+        )
     return kept, dropped
 
 
@@ -410,7 +605,9 @@ def _check(command: Command) -> None:
     if command.export_scirepeval and len(command.model) > 1:
         raise UserError("--export-scirepeval writes one model", "give one --model")
     if command.export_scirepeval and Path(command.export_scirepeval).exists():
-        raise UserError(f"--export-scirepeval {command.export_scirepeval}: exists", "name a new folder")
+        raise UserError(
+            f"--export-scirepeval {command.export_scirepeval}: exists", "name a new folder"
+        )
     files.check_output_folder(Path(command.output_dir))
 
 
@@ -420,17 +617,25 @@ def _check_models(command: Command) -> None:
 
     places: dict[str, str] = {}
     for name in command.model:
-        usage_of(name, Wanted(command.pooling, command.metric, command.max_length), Settings(trust_remote_code=command.trust_remote_code))
+        usage_of(
+            name,
+            Wanted(command.pooling, command.metric, command.max_length),
+            Settings(trust_remote_code=command.trust_remote_code),
+        )
         recipe = find_recipe(name)
         place = recipe.hub_id if recipe else str(Path(name))
         if command.sweep:
             _published(name)
         if place in places:
-            raise UserError(f"--model {name} and --model {places[place]} are the same", "name each model once")
+            raise UserError(
+                f"--model {name} and --model {places[place]} are the same", "name each model once"
+            )
         places[place] = name
 
 
-def _evaluate_named(name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]) -> dict[str, Any]:
+def _evaluate_named(
+    name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]
+) -> dict[str, Any]:
     """One model's object of benchmark.json; its ranks and purities go into `per_paper`."""
     encoder, origins = _load(name, command)
     evaluation = evaluate(encoder, papers, command.seed, name)
@@ -450,22 +655,46 @@ def _load(name: str, command: Command) -> tuple[Encoder, dict[str, str]]:
 
 
 def export_scirepeval(encoder: Encoder, folder: Path) -> None:
-    """Write `folder`/model and `folder`/tokenizer, which SciRepEval's own code loads; it pools by CLS or mean and ranks by Euclidean distance.
+    """Write `folder`/model and `folder`/tokenizer, which SciRepEval's own code loads; it pools by
+    CLS or mean and ranks by Euclidean distance.
 
     Raises:
-        UserError: the model is used in a way that this code does not know, so that its scores there would not be the model's.
+        UserError: the model is used in a way that this code does not know, so that its scores there
+            would not be the model's.
     """
-    theirs = {"metric": "euclidean", "max_length": 512, "query_prompt": "", "document_prompt": "", "normalize": False}
-    other = [f"{key} is {value!r}" for key, value in dataclasses.asdict(encoder.usage).items() if theirs.get(key, value) != value]
-    other += [f"its tokenizer has no {token}" for token in ("sep_token", "pad_token") if getattr(encoder.tokenizer, token) is None]
+    theirs = {
+        "metric": "euclidean",
+        "max_length": 512,
+        "query_prompt": "",
+        "document_prompt": "",
+        "normalize": False,
+    }
+    other = [
+        f"{key} is {value!r}"
+        for key, value in dataclasses.asdict(encoder.usage).items()
+        if theirs.get(key, value) != value
+    ]
+    other += [
+        f"its tokenizer has no {token}"
+        for token in ("sep_token", "pad_token")
+        if getattr(encoder.tokenizer, token) is None
+    ]
     if other:
-        raise UserError(f"model {encoder.name} cannot be exported for SciRepEval: {other[0]}", "use the wrapper in docs/other_harnesses.md")
+        raise UserError(
+            f"model {encoder.name} cannot be exported for SciRepEval: {other[0]}",
+            "use the wrapper in docs/other_harnesses.md",
+        )
     with files.atomic_path(folder) as partial:
         encoder.save(partial / "model", base=encoder.name)
         (partial / "tokenizer").mkdir()
         for file in (partial / "model").glob("*token*.json"):
             shutil.copy(file, partial / "tokenizer")
-    log.info("wrote %s; in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s", folder, folder.resolve(), encoder.usage.pooling)
+    log.info(
+        "wrote %s; in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s",
+        folder,
+        folder.resolve(),
+        encoder.usage.pooling,
+    )
 
 
 def _published(name: str) -> dict[str, float]:

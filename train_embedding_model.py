@@ -1,9 +1,12 @@
-"""Contrastive training: pull two summaries of one abstract together, push summaries of other abstracts away.
+"""Contrastive training: pull two summaries of one abstract together, push summaries of other
+abstracts away.
 
-One step: a batch of papers, two different summaries of each (`load_data.batch_pairs`), pooled vectors of both (`encoder.Encoder.forward`), the triplet hinge or
-InfoNCE over all in-batch negatives (`similarity.contrastive_loss`), AdamW. Every `validate_every` steps the held-out papers' partner summaries are ranked; the
-weights with the best mean rank are kept. Killed at any time, a run continues from its last checkpoint with the same batches, dropout and results. Several
-processes share the texts of a step (parallel.py).
+One step: a batch of papers, two different summaries of each (`load_data.batch_pairs`), pooled
+vectors of both (`encoder.Encoder.forward`), the triplet hinge or InfoNCE over all in-batch
+negatives (`similarity.contrastive_loss`), AdamW. Every `validate_every` steps the held-out papers'
+partner summaries are ranked; the weights with the best mean rank are kept. Killed at any time, a
+run continues from its last checkpoint with the same batches, dropout and results. Several processes
+share the texts of a step (parallel.py).
 """
 
 from __future__ import annotations
@@ -30,7 +33,16 @@ import checkpoints
 import files
 from encoder import Encoder, uses_bf16
 from files import Journal, RunError, StopSignal, UserError
-from load_data import Paper, SeenPapers, batch_pairs, drop_seen, read_papers, split_validation, steps_per_epoch, trainable
+from load_data import (
+    Paper,
+    SeenPapers,
+    batch_pairs,
+    drop_seen,
+    read_papers,
+    split_validation,
+    steps_per_epoch,
+    trainable,
+)
 from packed import parts, sparse_gradients
 from parallel import ALONE, Group
 from settings import Settings
@@ -53,37 +65,67 @@ class Progress:
     validations_since_best: int = 0
 
 
-def read_training_papers(settings: Settings, evaluation: list[Paper]) -> tuple[list[Paper], list[Paper]]:
-    """(papers to train on, held-out papers to choose the checkpoint by), none of them in the evaluation file.
+def read_training_papers(
+    settings: Settings, evaluation: list[Paper]
+) -> tuple[list[Paper], list[Paper]]:
+    """(papers to train on, held-out papers to choose the checkpoint by), none of them in the
+    evaluation file.
 
     Raises:
         UserError: see `load_data.read_papers` and `load_data.split_validation`.
     """
-    papers, dropped = drop_seen(read_papers(settings.train_file, ("summaries",), settings.skip_invalid), SeenPapers(evaluation))
+    papers, dropped = drop_seen(
+        read_papers(settings.train_file, ("summaries",), settings.skip_invalid),
+        SeenPapers(evaluation),
+    )
     if dropped:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
-        log.info("dropped %d training papers that stand in %s (%s)", dropped.total(), settings.eval_file, reasons)
+        log.info(
+            "dropped %d training papers that stand in %s (%s)",
+            dropped.total(),
+            settings.eval_file,
+            reasons,
+        )
     papers = trainable(papers)
     if len(papers) < 4:
-        raise UserError(f"{settings.train_file}: {len(papers)} papers with two different summaries are too few to train and validate on", "give at least four")
-    train, held_out = split_validation(papers, settings.validation_share, settings.validation_papers, settings.seed)
-    log.info("%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out))
+        raise UserError(
+            f"{settings.train_file}: {len(papers)} papers with two different summaries are too few"
+            " to train and validate on",
+            "give at least four",
+        )
+    train, held_out = split_validation(
+        papers, settings.validation_share, settings.validation_papers, settings.seed
+    )
+    log.info(
+        "%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out)
+    )
     return train, held_out
 
 
-def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group = ALONE) -> Progress:
-    """Train `encoder` in place; afterwards it holds the weights of the best validation (averaged with the starting ones, if `start_share` says so).
+def train(
+    encoder: Encoder,
+    papers: list[Paper],
+    held_out: list[Paper],
+    settings: Settings,
+    folder: Path,
+    group: Group = ALONE,
+) -> Progress:
+    """Train `encoder` in place; afterwards it holds the weights of the best validation (averaged
+    with the starting ones, if `start_share` says so).
 
     Args:
         encoder: the model to train, used as its `usage` says.
         papers: to draw pairs from, each with at least two summaries.
         held_out: for validation.
         settings: see settings.py; `complete`.
-        folder: the run folder; gets metrics.jsonl and checkpoints/, and an unfinished run in it is continued.
-        group: the processes that train together, each of which calls this. Only the first one's folder is used, and only its encoder is the result.
+        folder: the run folder; gets metrics.jsonl and checkpoints/, and an unfinished run in it is
+            continued.
+        group: the processes that train together, each of which calls this. Only the first one's
+            folder is used, and only its encoder is the result.
 
     Raises:
-        RunError: the loss is not finite, memory is short, or another process has ended; checkpoints so far are kept.
+        RunError: the loss is not finite, memory is short, or another process has ended; checkpoints
+            so far are kept.
         KeyboardInterrupt, files.Terminated: after a checkpoint of the last whole step was written.
     """
     trainer = _Trainer(encoder, papers, held_out, settings, folder, group)
@@ -103,7 +145,15 @@ def train(encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings
 class _Trainer:
     """The model, its optimizer and the run's progress."""
 
-    def __init__(self, encoder: Encoder, papers: list[Paper], held_out: list[Paper], settings: Settings, folder: Path, group: Group) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        papers: list[Paper],
+        held_out: list[Paper],
+        settings: Settings,
+        folder: Path,
+        group: Group,
+    ) -> None:
         self.encoder, self.papers, self.settings, self.group = encoder, papers, settings, group
         self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
         self.metrics: Any = []  # of the first process: its Journal
@@ -111,15 +161,32 @@ class _Trainer:
         self.best: dict[str, Tensor] = {}  # weights of the best validation, on the CPU
         draw = np.random.default_rng([settings.seed, len(held_out)])
         pairs = [draw.choice(len(paper.summaries), size=2, replace=False) for paper in held_out]
-        self.validation = [[paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)] for side in (0, 1)]
+        self.validation = [
+            [paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)]
+            for side in (0, 1)
+        ]
         self.named = dict(encoder.model.named_parameters())
-        self.start = {name: value.detach().cpu().clone() for name, value in self.named.items()} if settings.start_share else {}
-        self.optimizer = torch.optim.AdamW(self.named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.start = (
+            {name: value.detach().cpu().clone() for name, value in self.named.items()}
+            if settings.start_share
+            else {}
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
         torch.manual_seed(settings.seed + group.rank)  # each process has its own dropout
         epoch = steps_per_epoch(papers, settings.batch_size)
-        log.info("training on %s in %s, %d steps an epoch", encoder.device, "bf16 autocast" if self.bf16 else "float32", epoch)
+        log.info(
+            "training on %s in %s, %d steps an epoch",
+            encoder.device,
+            "bf16 autocast" if self.bf16 else "float32",
+            epoch,
+        )
 
     def run(self, stop: StopSignal) -> None:
         """Steps until max_steps, the end of patience, or a stop signal."""
@@ -127,13 +194,25 @@ class _Trainer:
         meter = _Meter()
         if self.progress.step == 0:
             self._validate()
-        bar = tqdm(total=settings.max_steps, initial=self.progress.step, desc="training", unit="step", disable=self.group.rank > 0)
+        bar = tqdm(
+            total=settings.max_steps,
+            initial=self.progress.step,
+            desc="training",
+            unit="step",
+            disable=self.group.rank > 0,
+        )
         with logging_redirect_tqdm(), bar:
             while self._goes_on(stop):
-                with files.memory_named("--texts-at-once (0 is all), --batch-size or --train-max-length"):
+                with files.memory_named(
+                    "--texts-at-once (0 is all), --batch-size or --train-max-length"
+                ):
                     values, row = self._step(meter)
                 bar.update()
-                bar.set_postfix(loss=f"{self.progress.loss_ema:.4f}", rank=f"{self.progress.best_rank:.3f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{self.progress.loss_ema:.4f}",
+                    rank=f"{self.progress.best_rank:.3f}",
+                    refresh=False,
+                )
                 last = self.progress.step == settings.max_steps
                 if last or self.progress.step % settings.log_every == 0:
                     self.metrics.append(self._row(values, row) | meter.read())
@@ -144,48 +223,71 @@ class _Trainer:
                     with meter.paused():
                         self.save()
         if self.progress.validations_since_best >= settings.patience:
-            log.info("stopped early at step %d: %d validations without a better one", self.progress.step, settings.patience)
+            log.info(
+                "stopped early at step %d: %d validations without a better one",
+                self.progress.step,
+                settings.patience,
+            )
 
     def _goes_on(self, stop: StopSignal) -> bool:
-        """Whether another step follows, as all processes agree: where the first one stands, and whether any was told to stop."""
+        """Whether another step follows, as all processes agree: where the first one stands, and
+        whether any was told to stop.
+        """
         states = self.group.each((stop.received or 0, self.progress))
         stop.received, self.progress = max(signum for signum, _ in states) or None, states[0][1]
-        return stop.received is None and self.progress.step < self.settings.max_steps and self.progress.validations_since_best < self.settings.patience
+        return (
+            stop.received is None
+            and self.progress.step < self.settings.max_steps
+            and self.progress.validations_since_best < self.settings.patience
+        )
 
     def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
         """One optimizer step on the pairs of step number `progress.step`."""
         settings, progress = self.settings, self.progress
-        pairs = batch_pairs(self.papers, settings.seed, progress.step, settings.batch_size, settings.joined_share)
-        ids = self.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length)
+        pairs = batch_pairs(
+            self.papers, settings.seed, progress.step, settings.batch_size, settings.joined_share
+        )
+        ids = self.encoder.tokenize(
+            [anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length
+        )
         self.encoder.model.train()
         values, vectors = self._backward(self.group.own(ids), len(ids))
         self.group.sum_gradients(self.named.values())
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.clip_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.named.values(), settings.clip_norm or math.inf
+        ).item()
         loss = values.loss.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
                 f"step {progress.step + 1}: loss {loss}, gradient norm {norm}, not finite",
-                f"start again in another --output-dir with a lower --learning-rate or --precision float32; checkpoints so far are in {self.checkpoints}",
+                "start again in another --output-dir with a lower --learning-rate or --precision"
+                f" float32; checkpoints so far are in {self.checkpoints}",
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, progress.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.loss_ema = loss if progress.loss_ema is None else EMA * progress.loss_ema + (1 - EMA) * loss
+        progress.loss_ema = (
+            loss if progress.loss_ema is None else EMA * progress.loss_ema + (1 - EMA) * loss
+        )
         meter.count(len(pairs), sum(map(len, ids)))
         return values, {"grad_norm": norm, "spread": spread(vectors)}
 
     def _backward(self, ids: Sequence[list[int]], total: int) -> tuple[LossValues, Tensor]:
-        """The loss over all `total` texts of the batch, of which this process embeds `ids`, its gradients in the parameters, and all vectors.
+        """The loss over all `total` texts of the batch, of which this process embeds `ids`, its
+        gradients in the parameters, and all vectors.
 
-        With `texts_at_once` by gradient caching (Gao et al. 2021): of all parts but the first, vectors without activations; the loss's gradient by vector; and
-        part by part these vectors again, now with activations, to carry that gradient on to the parameters. The second time starts from the same random state,
-        so that each text meets the same dropout. Parts are of like length, which packs best; the first, whose activations are kept, is the longest.
+        With `texts_at_once` by gradient caching (Gao et al. 2021): of all parts but the first,
+        vectors without activations; the loss's gradient by vector; and part by part these vectors
+        again, now with activations, to carry that gradient on to the parameters. The second time
+        starts from the same random state, so that each text meets the same dropout. Parts are of
+        like length, which packs best; the first, whose activations are kept, is the longest.
         """
         places, device = parts(ids, self.settings.texts_at_once), self.encoder.device
         texts = [[ids[i] for i in part] for part in places]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):  # brings each weight to bf16 once, here with gradient for the first part
+        # brings each weight to bf16 once, here with gradient for the first part
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             first, state = self.encoder.forward(texts[0]).float(), random_state(device)
             with torch.no_grad():
                 others = [self.encoder.forward(part).float() for part in texts[1:]]
@@ -196,7 +298,10 @@ class _Trainer:
         values.loss.backward()  # type: ignore[no-untyped-call]
         if others:
             set_random_state(device, state)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), sparse_gradients(self.encoder.model):
+        with (
+            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
+            sparse_gradients(self.encoder.model),
+        ):
             for part, other in zip(texts[1:], others, strict=True):
                 self.encoder.forward(part).float().backward(other.grad)  # type: ignore[no-untyped-call]
         return values, vectors
@@ -221,7 +326,9 @@ class _Trainer:
         }
 
     def _validate(self) -> None:
-        """Rank each held-out paper's partner summary among the others', in both directions; keep the weights if that is the best so far."""
+        """Rank each held-out paper's partner summary among the others', in both directions; keep
+        the weights if that is the best so far.
+        """
         if self.group.rank:
             return
         progress = self.progress
@@ -232,35 +339,76 @@ class _Trainer:
                 raise
             raise RunError(
                 f"step {progress.step}: {error.what}",
-                f"start again in another --output-dir with a lower --learning-rate; checkpoints so far are in {self.checkpoints}",
+                "start again in another --output-dir with a lower --learning-rate; checkpoints so"
+                f" far are in {self.checkpoints}",
             ) from None
-        both = torch.cat([ranks(anchors, partners, self.settings.metric), ranks(partners, anchors, self.settings.metric)])
+        both = torch.cat(
+            [
+                ranks(anchors, partners, self.settings.metric),
+                ranks(partners, anchors, self.settings.metric),
+            ]
+        )
         rank, loss = both.mean().item(), self._loss(anchors, partners).loss.item()
         better = (rank, loss) < (progress.best_rank, progress.best_loss)
         if better:
             progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
-            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.named.items()}
+            self.best = {
+                name: value.detach().to("cpu", copy=True) for name, value in self.named.items()
+            }
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
-        self.metrics.append({"step": progress.step, "validation_rank": rank, "validation_loss": loss, "validation_pool": len(anchors), "best": better})
-        log.info("step %d: validation mean rank %.3f of %d, loss %.4f%s", progress.step, rank, len(anchors), loss, " (best)" if better else "")
+        self.metrics.append(
+            {
+                "step": progress.step,
+                "validation_rank": rank,
+                "validation_loss": loss,
+                "validation_pool": len(anchors),
+                "best": better,
+            }
+        )
+        log.info(
+            "step %d: validation mean rank %.3f of %d, loss %.4f%s",
+            progress.step,
+            rank,
+            len(anchors),
+            loss,
+            " (best)" if better else "",
+        )
 
     def save(self) -> None:
-        """Write a checkpoint of the whole state: weights, optimizer, random state of each process, best weights so far, progress."""
+        """Write a checkpoint of the whole state: weights, optimizer, random state of each process,
+        best weights so far, progress.
+        """
         states = self.group.each(random_state(self.encoder.device))
         if self.group.rank:
             return
-        tensors = {f"model/{name}": value for name, value in self.named.items()} | {f"best/{name}": value for name, value in self.best.items()}
+        tensors = {f"model/{name}": value for name, value in self.named.items()} | {
+            f"best/{name}": value for name, value in self.best.items()
+        }
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items()}
-        tensors |= {f"random/{kind}/{rank}": state for rank, pair in enumerate(states) for kind, state in pair.items()}
+        tensors |= {
+            f"random/{kind}/{rank}": state
+            for rank, pair in enumerate(states)
+            for kind, state in pair.items()
+        }
         self.metrics.sync()  # a checkpoint's rows are on the disk before it
-        checkpoints.write(self.checkpoints, self.progress.step, tensors, dataclasses.asdict(self.progress), self.settings.keep_checkpoints)
+        checkpoints.write(
+            self.checkpoints,
+            self.progress.step,
+            tensors,
+            dataclasses.asdict(self.progress),
+            self.settings.keep_checkpoints,
+        )
 
     @contextlib.contextmanager
     def continued(self) -> Iterator[None]:
-        """Continue from the newest whole checkpoint, or from the start without one; the first process has the metrics journal open meanwhile."""
+        """Continue from the newest whole checkpoint, or from the start without one; the first
+        process has the metrics journal open meanwhile.
+        """
         begun = self.group.rank == 0 and self.journal.exists()
-        found = self.group.each(checkpoints.newest(self.checkpoints) if begun else None, first_only=True)[0]
+        found = self.group.each(
+            checkpoints.newest(self.checkpoints) if begun else None, first_only=True
+        )[0]
         if found:
             self._load(*found)
         done = self.progress.step
@@ -269,7 +417,9 @@ class _Trainer:
         if self.group.rank:
             yield
         else:
-            with contextlib.closing(Journal(self.journal, keep=lambda row: 0 < done >= row["step"])) as self.metrics:
+            with contextlib.closing(
+                Journal(self.journal, keep=lambda row: 0 < done >= row["step"])
+            ) as self.metrics:
                 yield
 
     def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -278,18 +428,34 @@ class _Trainer:
             if key.startswith("optimizer/"):
                 _, number, name = key.split("/")
                 states.setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
         self._load_weights({name: tensors[f"model/{name}"] for name in self.named})
         self.best = {name: tensors[f"best/{name}"] for name in self.named}
         kinds = random_state(self.encoder.device)
-        set_random_state(self.encoder.device, {kind: tensors[f"random/{kind}/{self.group.rank}"] for kind in kinds})
+        set_random_state(
+            self.encoder.device,
+            {kind: tensors[f"random/{kind}/{self.group.rank}"] for kind in kinds},
+        )
         self.progress = Progress(**state)
 
     def use_best(self) -> None:
-        """Put the best validation's weights into the model, averaged with those it started from as `start_share` says."""
+        """Put the best validation's weights into the model, averaged with those it started from as
+        `start_share` says.
+        """
         share = self.settings.start_share
-        self._load_weights({name: torch.lerp(value, self.start[name], share) if share else value for name, value in self.best.items()})
-        log.info("best validation at step %d (0: the encoder that training began with): mean rank %.3f", self.progress.best_step, self.progress.best_rank)
+        self._load_weights(
+            {
+                name: torch.lerp(value, self.start[name], share) if share else value
+                for name, value in self.best.items()
+            }
+        )
+        log.info(
+            "best validation at step %d (0: the encoder that training began with): mean rank %.3f",
+            self.progress.best_step,
+            self.progress.best_rank,
+        )
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -319,14 +485,20 @@ class _Meter:
 
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.started
-        row = {"pairs_per_second": round(self.pairs / seconds, 2), "tokens_per_second": round(self.tokens / seconds, 1), "peak_memory_mib": peak_memory_mib()}
+        row = {
+            "pairs_per_second": round(self.pairs / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
         self._reset()
         return row
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Torch's random state on the CPU, and on `device` if it is a GPU."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
@@ -345,6 +517,8 @@ def peak_memory_mib() -> float:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then constant, or falling linearly to 0 at `max_steps`."""
+    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then
+    constant, or falling linearly to 0 at `max_steps`.
+    """
     fall = 1 - step / settings.max_steps if settings.decay else 1.0
     return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * fall

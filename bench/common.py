@@ -1,4 +1,6 @@
-"""What the speed measurements share: made-up texts, models of the measured shapes, interleaved timing, the matrix-multiply peak, one row of results."""
+"""What the speed measurements share: made-up texts, models of the measured shapes, interleaved
+timing, the matrix-multiply peak, one row of results.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,47 @@ sys.path.insert(0, str(ROOT))
 from encoder import Encoder, Usage, find_model, load_encoder  # noqa: E402
 
 MINILM = "all-MiniLM-L6-v2"
-# DeBERTa-v3-base's shape, which SciDeBERTa is taken to have; weights are random, which changes no time.
+# DeBERTa-v3-base's shape, which SciDeBERTa is taken to have; weights are random, which changes no
+# time.
 DEBERTA = {
-    "vocab_size": 128_100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "relative_attention": True,
-    "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
-    "position_biased_input": False, "max_position_embeddings": 512, "type_vocab_size": 0,
-}  # fmt: skip
+    "vocab_size": 128_100,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+}
 
 
 def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[str]:
-    """Texts of so many tokens, special tokens counted, lengths uniform: words that are one token each in the bundled vocabulary."""
-    vocabulary = json.loads((Path(find_model(MINILM)) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    words = np.array([word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 2])
+    """Texts of so many tokens, special tokens counted, lengths uniform: words that are one token
+    each in the bundled vocabulary.
+    """
+    vocabulary = json.loads(
+        (Path(find_model(MINILM)) / "tokenizer.json").read_text(encoding="utf-8")
+    )["model"]["vocab"]
+    words = np.array(
+        [word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 2]
+    )
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(words, size)) for size in rng.integers(shortest - 2, longest - 1, size=count)]
+    return [
+        " ".join(rng.choice(words, size))
+        for size in rng.integers(shortest - 2, longest - 1, size=count)
+    ]
 
 
 def deberta_folder(folder: Path) -> Path:
-    """A random model of DeBERTa-v3-base's shape with the bundled encoder's tokenizer, which both sides read alike."""
+    """A random model of DeBERTa-v3-base's shape with the bundled encoder's tokenizer, which both
+    sides read alike.
+    """
     torch.manual_seed(0)
     DebertaV2Model(DebertaV2Config(**DEBERTA)).save_pretrained(folder)  # type: ignore[arg-type]
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
@@ -52,7 +77,9 @@ def our_encoder(name: str | Path, metric: Any = "cosine") -> Encoder:
 
 
 def interleaved(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Best wall time of each piece of work in seconds; round after round, so that a slow spell of the machine hits all."""
+    """Best wall time of each piece of work in seconds; round after round, so that a slow spell of
+    the machine hits all.
+    """
     best = dict.fromkeys(works, float("inf"))
     for _ in range(rounds):
         for name, work in works.items():
@@ -70,18 +97,47 @@ def gemm_peak(dtype: torch.dtype) -> float:
 
 
 def linear_operations(model: Any) -> int:
-    """Operations of a forward pass for each token: 2 for each weight of the layers' matrices; embeddings, norms and attention are not counted."""
-    return 2 * sum(int(p.numel()) for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2)
+    """Operations of a forward pass for each token: 2 for each weight of the layers' matrices;
+    embeddings, norms and attention are not counted.
+    """
+    return 2 * sum(
+        int(p.numel()) for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2
+    )
 
 
-def row(operation: str, peer: str, version: str, ours: float, theirs: float, goal: float | None, **more: Any) -> dict[str, Any]:
+def row(
+    operation: str,
+    peer: str,
+    version: str,
+    ours: float,
+    theirs: float,
+    goal: float | None,
+    **more: Any,
+) -> dict[str, Any]:
     """One entry of results.json; `ratio` above 1 means that ours is faster."""
-    found = {"operation": operation, "peer": peer, "peer_version": version, "ours_s": round(ours, 4), "theirs_s": round(theirs, 4)}
-    found |= {"ratio": round(theirs / ours, 3), "goal": goal, "share_of_gemm_peak": None, "agreement": ""} | more
-    sys.stderr.write(f"{operation}: {found['ratio']} (goal {goal}), ours {ours:.3f} s, {peer} {theirs:.3f} s\n")
+    found = {
+        "operation": operation,
+        "peer": peer,
+        "peer_version": version,
+        "ours_s": round(ours, 4),
+        "theirs_s": round(theirs, 4),
+    }
+    found |= {
+        "ratio": round(theirs / ours, 3),
+        "goal": goal,
+        "share_of_gemm_peak": None,
+        "agreement": "",
+    } | more
+    sys.stderr.write(
+        f"{operation}: {found['ratio']} (goal {goal}), ours {ours:.3f} s, {peer} {theirs:.3f} s\n"
+    )
     return found
 
 
 def smallest_cosine(a: Any, b: Any) -> float:
     """The least cosine similarity of row i and row i."""
-    return float(torch.nn.functional.cosine_similarity(torch.as_tensor(a).float(), torch.as_tensor(b).float()).min())
+    return float(
+        torch.nn.functional.cosine_similarity(
+            torch.as_tensor(a).float(), torch.as_tensor(b).float()
+        ).min()
+    )

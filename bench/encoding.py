@@ -1,4 +1,6 @@
-"""Embedding abstracts beside sentence-transformers (torch, its defaults; and its OpenVINO backend where its environment is installed)."""
+"""Embedding abstracts beside sentence-transformers (torch, its defaults; and its OpenVINO backend
+where its environment is installed).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from typing import Any
 import numpy as np
 import sentence_transformers
 import torch
-from common import MINILM, ROOT, deberta_folder, gemm_peak, interleaved, linear_operations, our_encoder, row, smallest_cosine, texts
+from common import (
+    MINILM,
+    ROOT,
+    deberta_folder,
+    gemm_peak,
+    interleaved,
+    linear_operations,
+    our_encoder,
+    row,
+    smallest_cosine,
+    texts,
+)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -25,14 +38,22 @@ def rank_shift(half: Encoder, full: Encoder) -> str:
     """By how much the benchmark's mean ranks change in bf16, on the sample papers."""
     papers = read_evaluation_papers(str(ROOT / "data" / "sample_test.jsonl"))
     one, other = (evaluate(encoder, papers, 0).report["tasks"] for encoder in (half, full))
-    shifts = {task: abs(one[task]["mean_rank"] - other[task]["mean_rank"]) for task in one if main_score(task) == "mean_rank"}
+    shifts = {
+        task: abs(one[task]["mean_rank"] - other[task]["mean_rank"])
+        for task in one
+        if main_score(task) == "mean_rank"
+    }
     return f"mean ranks of {len(papers)} sample papers move by {max(shifts.values()):.4f} or less"
 
 
-def measure(name: str, folder: str, abstracts: list[str], rounds: int, operation: str) -> list[dict[str, Any]]:
+def measure(
+    name: str, folder: str, abstracts: list[str], rounds: int, operation: str
+) -> list[dict[str, Any]]:
     """Ours in bf16 and in float32 against sentence-transformers' defaults."""
     transformer = Transformer(folder)
-    peer = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu")
+    peer = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
+    )
     peer.max_seq_length = 512
     half, full = our_encoder(folder), our_encoder(folder)
     half.bf16 = True
@@ -40,7 +61,9 @@ def measure(name: str, folder: str, abstracts: list[str], rounds: int, operation
     works = {
         "bf16": lambda: kept.update(bf16=half.embed(abstracts).vectors),
         "float32": lambda: kept.update(float32=full.embed(abstracts).vectors),
-        "theirs": lambda: kept.update(theirs=peer.encode(abstracts, show_progress_bar=False, convert_to_tensor=True)),
+        "theirs": lambda: kept.update(
+            theirs=peer.encode(abstracts, show_progress_bar=False, convert_to_tensor=True)
+        ),
     }
     half.embed(abstracts[:64])
     best = interleaved(works, rounds)
@@ -51,31 +74,87 @@ def measure(name: str, folder: str, abstracts: list[str], rounds: int, operation
     if folder == str(find_model(MINILM)):  # random weights rank at random
         close += f"; {rank_shift(half, full)}"
     exact = f"largest difference {float((kept['float32'] - kept['theirs']).abs().max()):.0e}"
-    unit = {"unit": f"seconds for {len(abstracts)} abstracts of {tokens / len(abstracts):.0f} tokens, {name}"}
+    unit = {
+        "unit": (
+            f"seconds for {len(abstracts)} abstracts of {tokens / len(abstracts):.0f} tokens,"
+            f" {name}"
+        )
+    }
     found = [
-        row(operation, f"{version}, float32", version, best["bf16"], best["theirs"], 2.0, share_of_gemm_peak=round(share, 3), agreement=close, **unit),
-        row(f"{operation}_float32", f"{version}, float32", version, best["float32"], best["theirs"], None, agreement=exact, **unit),
+        row(
+            operation,
+            f"{version}, float32",
+            version,
+            best["bf16"],
+            best["theirs"],
+            2.0,
+            share_of_gemm_peak=round(share, 3),
+            agreement=close,
+            **unit,
+        ),
+        row(
+            f"{operation}_float32",
+            f"{version}, float32",
+            version,
+            best["float32"],
+            best["theirs"],
+            None,
+            agreement=exact,
+            **unit,
+        ),
     ]
     if OPENVINO.exists() and folder == str(find_model(MINILM)):
         found.append(openvino(abstracts, best["bf16"], kept["theirs"], unit))
     return found
 
 
-def openvino(abstracts: list[str], ours: float, exact: torch.Tensor, unit: dict[str, str]) -> dict[str, Any]:
+def openvino(
+    abstracts: list[str], ours: float, exact: torch.Tensor, unit: dict[str, str]
+) -> dict[str, Any]:
     """The peer to beat next, in a process and an environment of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "texts.json").write_text(json.dumps(abstracts), encoding="utf-8")
-        command = [str(OPENVINO), str(ROOT / "bench" / "openvino_peer.py"), str(find_model(MINILM)), scratch]
-        seconds, version = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        command = [
+            str(OPENVINO),
+            str(ROOT / "bench" / "openvino_peer.py"),
+            str(find_model(MINILM)),
+            scratch,
+        ]
+        seconds, version = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
+                -1
+            ]
+        )
         vectors = np.load(Path(scratch) / "vectors.npy")
     close = f"its cosine to float32 {smallest_cosine(vectors, exact):.6f} or more"
-    return row("encode_minilm_vs_openvino", f"sentence-transformers, OpenVINO {version}", version, ours, seconds, None, agreement=close, **unit)
+    return row(
+        "encode_minilm_vs_openvino",
+        f"sentence-transformers, OpenVINO {version}",
+        version,
+        ours,
+        seconds,
+        None,
+        agreement=close,
+        **unit,
+    )
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
     """All rows of embedding."""
-    found = measure("MiniLM", str(find_model(MINILM)), texts(256 if quick else 2_000, 150, 300), 2, "encode_minilm_vs_st")
+    found = measure(
+        "MiniLM",
+        str(find_model(MINILM)),
+        texts(256 if quick else 2_000, 150, 300),
+        2,
+        "encode_minilm_vs_st",
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = deberta_folder(Path(scratch))
-        found += measure("DeBERTa-v3-base's shape", str(folder), texts(32 if quick else 128, 250, 250), 1 if quick else 2, "encode_deberta_vs_st")
+        found += measure(
+            "DeBERTa-v3-base's shape",
+            str(folder),
+            texts(32 if quick else 128, 250, 250),
+            1 if quick else 2,
+            "encode_deberta_vs_st",
+        )
     return found

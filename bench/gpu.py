@@ -1,9 +1,13 @@
-"""The DeBERTa shape on a CUDA GPU: training at 40 tokens and encoding at 250 in bf16, ours beside transformers' padded forward pass, and CPU against GPU.
+"""The DeBERTa shape on a CUDA GPU: training at 40 tokens and encoding at 250 in bf16, ours beside
+transformers' padded forward pass, and CPU against GPU.
 
-python bench/gpu.py [--peak TFLOPS] [--device cuda]      about 3 minutes on one GPU; writes bench/results_gpu.json
+python bench/gpu.py [--peak TFLOPS] [--device cuda]      about 3 minutes on one GPU; writes
+bench/results_gpu.json
 
-The share of the peak counts the operations of the layers' matrices on real tokens only, against the matrix-multiply peak measured in the same run, or against
---peak (989 for an H100's or H200's dense bf16). Goals: 30% in training, 35% in encoding. `--device cpu` runs the same code on small sizes, to try it.
+The share of the peak counts the operations of the layers' matrices on real tokens only, against the
+matrix-multiply peak measured in the same run, or against --peak (989 for an H100's or H200's dense
+bf16). Goals: 30% in training, 35% in encoding. `--device cpu` runs the same code on small sizes, to
+try it.
 """
 
 from __future__ import annotations
@@ -41,10 +45,14 @@ def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 5) -> f
 def padded_forward(encoder: Encoder, ids: list[list[int]]) -> Any:
     """Through transformers' own forward pass."""
     padded, mask = encoder._pad(ids)
-    return encoder._pool(encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask)
+    return encoder._pool(
+        encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
+    )
 
 
-def training_step(encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]], optimizer: Any) -> Callable[[], None]:
+def training_step(
+    encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]], optimizer: Any
+) -> Callable[[], None]:
     """Forward, InfoNCE over the batch, backward, AdamW."""
 
     def step() -> None:
@@ -59,7 +67,9 @@ def training_step(encoder: Encoder, forward: Callable[..., Any], ids: list[list[
     return step
 
 
-def encoding(encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]]) -> Callable[[], None]:
+def encoding(
+    encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]]
+) -> Callable[[], None]:
     """All texts, dropout off."""
 
     def embed() -> None:
@@ -76,9 +86,13 @@ def measure(device: torch.device, peak: float | None) -> list[dict[str, Any]]:
     small = device.type == "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(deberta_folder(Path(scratch)))
-        encoder = load_encoder(folder, Usage("cls", "cosine", 512), "cuda" if device.type == "cuda" else "cpu")
+        encoder = load_encoder(
+            folder, Usage("cls", "cosine", 512), "cuda" if device.type == "cuda" else "cpu"
+        )
         reference = load_encoder(folder, Usage("cls", "cosine", 512), "cpu")
-    matrix = torch.randn(1024 if small else 8192, 1024 if small else 8192, device=device, dtype=torch.bfloat16)
+    matrix = torch.randn(
+        1024 if small else 8192, 1024 if small else 8192, device=device, dtype=torch.bfloat16
+    )
     measured = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix, device)
     short = encoder.tokenize(texts(16 if small else 1024, 20, 60), 128)
     long = encoder.tokenize(texts(4 if small else 2048, 250, 250), 512)
@@ -87,34 +101,63 @@ def measure(device: torch.device, peak: float | None) -> list[dict[str, Any]]:
     optimizer = torch.optim.AdamW(encoder.model.parameters(), fused=True)
     forwards = {"ours": encoder.forward, "theirs": lambda ids: padded_forward(encoder, ids)}
     rows = []
-    for operation, ids, times, goal in (("gpu_train_deberta", short, 3, 0.30), ("gpu_encode_deberta", long, 1, 0.35)):
+    for operation, ids, times, goal in (
+        ("gpu_train_deberta", short, 3, 0.30),
+        ("gpu_encode_deberta", long, 1, 0.35),
+    ):
         best = {}
         for name, forward in forwards.items():
-            work = training_step(encoder, forward, ids, optimizer) if times == 3 else encoding(encoder, forward, ids)
+            work = (
+                training_step(encoder, forward, ids, optimizer)
+                if times == 3
+                else encoding(encoder, forward, ids)
+            )
             best[name] = seconds(work, device, 1 if small else 5)
         rate = times * linear_operations(encoder.model) * sum(map(len, ids)) / best["ours"]
         rows.append(
-            {"operation": operation, "peer": "transformers' padded forward pass, bf16 autocast", "ours_s": best["ours"], "theirs_s": best["theirs"],
-             "ratio": best["theirs"] / best["ours"], "goal": goal, "share_of_gemm_peak": rate / measured, "share_of_stated_peak": rate / peak if peak else None,
-             "texts_per_second": len(ids) / best["ours"], "agreement": f"CPU and GPU float32 vectors: cosine {agreement:.7f} or more"}
-        )  # fmt: skip
+            {
+                "operation": operation,
+                "peer": "transformers' padded forward pass, bf16 autocast",
+                "ours_s": best["ours"],
+                "theirs_s": best["theirs"],
+                "ratio": best["theirs"] / best["ours"],
+                "goal": goal,
+                "share_of_gemm_peak": rate / measured,
+                "share_of_stated_peak": rate / peak if peak else None,
+                "texts_per_second": len(ids) / best["ours"],
+                "agreement": f"CPU and GPU float32 vectors: cosine {agreement:.7f} or more",
+            }
+        )
     return rows
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--peak", type=float, help="the GPU's dense bf16 peak as its maker states it, in TFLOP/s")
+    parser.add_argument(
+        "--peak", type=float, help="the GPU's dense bf16 peak as its maker states it, in TFLOP/s"
+    )
     wanted = parser.parse_args()
     if wanted.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA GPU; run this on a machine that has one, or try it with --device cpu")
+        sys.exit(
+            "error: torch finds no CUDA GPU; run this on a machine that has one, or try it with"
+            " --device cpu"
+        )
     device = torch.device(wanted.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rows = [row | {"hardware": name, "versions": files.versions()} for row in measure(device, wanted.peak and wanted.peak * 1e12)]
+    rows = [
+        row | {"hardware": name, "versions": files.versions()}
+        for row in measure(device, wanted.peak and wanted.peak * 1e12)
+    ]
     files.write_json(ROOT / "bench" / "results_gpu.json", rows)
     for row in rows:
-        sys.stdout.write(f"{row['operation']}: {row['ratio']:.2f} x transformers, {row['share_of_gemm_peak']:.0%} of the peak (goal {row['goal']:.0%})\n")
+        sys.stdout.write(
+            f"{row['operation']}: {row['ratio']:.2f} x transformers,"
+            f" {row['share_of_gemm_peak']:.0%} of the peak (goal {row['goal']:.0%})\n"
+        )
 
 
 if __name__ == "__main__":

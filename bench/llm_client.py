@@ -1,8 +1,10 @@
-"""Throughput of the language-model client against a bare AsyncOpenAI gather with the same cap, both on a local server that answers after 200 ms.
+"""Throughput of the language-model client against a bare AsyncOpenAI gather with the same cap, both
+on a local server that answers after 200 ms.
 
 python bench/llm_client.py     prints one row of figures: under a minute
 
-Ours does the whole of a run's middle part: keys, prompts, judging, journal, progress bar. The peer only sends the same bodies and reads the texts.
+Ours does the whole of a run's middle part: keys, prompts, judging, journal, progress bar. The peer
+only sends the same bodies and reads the texts.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ OURS, THEIRS = 40 * CONCURRENCY, 6 * CONCURRENCY  # requests; the peer is slower
 @contextlib.contextmanager
 def fake_server() -> Any:
     """The base URL of a local server in a process of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "fake_llm_server.py"), "--latency", str(LATENCY)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "fake_llm_server.py"),
+        "--latency",
+        str(LATENCY),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -47,24 +54,47 @@ def fake_server() -> Any:
 
 def make_run(folder: Path, url: str, requests: int) -> Run:
     """A run of four summaries each for made-up papers of 200 words."""
-    papers = ({"id": str(i), "title": f"Title number {i}", "abstract": " ".join(f"word{i + j}" for j in range(200))} for i in range(requests // 4))
-    (folder / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers), encoding="utf-8")
-    flags = Flags(folder / "papers.jsonl", folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY)
+    papers = (
+        {
+            "id": str(i),
+            "title": f"Title number {i}",
+            "abstract": " ".join(f"word{i + j}" for j in range(200)),
+        }
+        for i in range(requests // 4)
+    )
+    (folder / "papers.jsonl").write_text(
+        "".join(json.dumps(paper) + "\n" for paper in papers), encoding="utf-8"
+    )
+    flags = Flags(
+        folder / "papers.jsonl", folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY
+    )
     prompts = tuple(Prompt(name, SYSTEM, task) for name, task in VIEWS.items())
     return Run(flags, Job("summaries", prompts, 4, 2, (6, 80)), Answers(folder / "journal.jsonl"))
 
 
-def timed(work: Callable[[], Coroutine[Any, Any, None]], requests: int) -> tuple[float, float, float]:
+def timed(
+    work: Callable[[], Coroutine[Any, Any, None]], requests: int
+) -> tuple[float, float, float]:
     """(seconds, processor seconds, MiB of additional peak memory) per 1,000 requests."""
-    seconds, processor, memory = time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, processor, memory = (
+        time.perf_counter(),
+        time.process_time(),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     asyncio.run(work())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    return tuple(value * 1000 / requests for value in (time.perf_counter() - seconds, time.process_time() - processor, grown))  # type: ignore[return-value]
+    return tuple(
+        value * 1000 / requests
+        for value in (time.perf_counter() - seconds, time.process_time() - processor, grown)
+    )  # type: ignore[return-value]
 
 
 async def bare_gather(url: str, bodies: list[dict[str, Any]]) -> None:
     """The peer: one task for each request, a semaphore as the cap."""
-    client, cap = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0), asyncio.Semaphore(CONCURRENCY)
+    client, cap = (
+        openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0),
+        asyncio.Semaphore(CONCURRENCY),
+    )
 
     async def ask(body: dict[str, Any]) -> str:
         async with cap:
@@ -84,7 +114,9 @@ def measure() -> dict[str, Any]:
         with contextlib.closing(run.answers), StopSignal() as stop:
             ours = timed(lambda: run.send(stop), OURS)
         assert run.count["accepted"] == OURS
-        bodies = [run.body(paper, [0, 1, 2, 3], [slot]) for paper in run.papers() for slot in range(4)][:THEIRS]
+        bodies = [
+            run.body(paper, [0, 1, 2, 3], [slot]) for paper in run.papers() for slot in range(4)
+        ][:THEIRS]
         theirs = timed(lambda: bare_gather(url, bodies), THEIRS)
     return {
         "operation": "llm_client_vs_async_openai",

@@ -1,4 +1,6 @@
-"""sentence-transformers' OpenVINO backend on given texts, run by encoding.py in .venv-openvino: prints the best of two times, writes vectors."""
+"""sentence-transformers' OpenVINO backend on given texts, run by encoding.py in .venv-openvino:
+prints the best of two times, writes vectors.
+"""
 
 from __future__ import annotations
 

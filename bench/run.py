@@ -1,8 +1,11 @@
-"""`make bench`: every speed figure of the README, ours and the peers' in one run on the same machine, into bench/results.json and bench/results.md.
+"""`make bench`: every speed figure of the README, ours and the peers' in one run on the same
+machine, into bench/results.json and bench/results.md.
 
-python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small samples
+python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small
+samples
 
-Runs in .venv-bench (bench/requirements.txt). Ratio = peer's time / our time. Do not use the machine for anything else meanwhile.
+Runs in .venv-bench (bench/requirements.txt). Ratio = peer's time / our time. Do not use the machine
+for anything else meanwhile.
 """
 
 from __future__ import annotations
@@ -25,11 +28,27 @@ PARTS = ("training", "encoding", "ranking", "startup", "llm")
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, with the matrix-multiply peaks measured now."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line),
+        platform.processor(),
+    )
     units = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
-    peaks = {name: round(gemm_peak(dtype) / 1e9) for name, dtype in {"float32": torch.float32, "bf16": torch.bfloat16}.items()}
-    return {"cpu": model, "bf16_units": units, "threads": torch.get_num_threads(), "gemm_gflops": peaks, "versions": files.versions()}
+    peaks = {
+        name: round(gemm_peak(dtype) / 1e9)
+        for name, dtype in {"float32": torch.float32, "bf16": torch.bfloat16}.items()
+    }
+    return {
+        "cpu": model,
+        "bf16_units": units,
+        "threads": torch.get_num_threads(),
+        "gemm_gflops": peaks,
+        "versions": files.versions(),
+    }
 
 
 def measure(part: str, quick: bool) -> list[dict[str, Any]]:
@@ -47,15 +66,26 @@ def markdown(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
     rows.sort(key=lambda row: not ("bf16" in row["operation"] or "flash" in row["operation"]))
     lines = ["| operation | peer | ours | theirs | ratio | goal |", "|---|---|---|---|---|---|"]
     for row in rows:
-        lines.append(f"| {row['operation']} | {row['peer']} | {row['ours_s']:.3g} s | {row['theirs_s']:.3g} s | **{row['ratio']:.2f}** | {row['goal'] or ''} |")
-    peaks = f"matrix-multiply peak {about['gemm_gflops']['float32']} GFLOP/s in float32, {about['gemm_gflops']['bf16']} in bf16"
-    lines.append(f"\n{about['date']}, {about['cpu']} ({', '.join(about['bf16_units'])}), {about['threads']} threads, {peaks}.")
+        lines.append(
+            f"| {row['operation']} | {row['peer']} | {row['ours_s']:.3g} s | {row['theirs_s']:.3g}"
+            f" s | **{row['ratio']:.2f}** | {row['goal'] or ''} |"
+        )
+    peaks = (
+        f"matrix-multiply peak {about['gemm_gflops']['float32']} GFLOP/s in float32,"
+        f" {about['gemm_gflops']['bf16']} in bf16"
+    )
+    lines.append(
+        f"\n{about['date']}, {about['cpu']} ({', '.join(about['bf16_units'])}), {about['threads']}"
+        f" threads, {peaks}."
+    )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure the wanted parts and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="smaller samples, fewer rounds")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to measure")
     wanted = parser.parse_args()

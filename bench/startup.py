@@ -1,4 +1,6 @@
-"""How soon `main.py --help` answers, and where the quickstart's wall time goes, by the times at which its log lines appear."""
+"""How soon `main.py --help` answers, and where the quickstart's wall time goes, by the times at
+which its log lines appear.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from common import ROOT, interleaved
 
 # What marks the end of a stage on stderr -> the stage's name and why it is there.
 STAGES = {
-    "papers to train on": "start: Python, torch and transformers are imported, papers read and checked for overlap",
+    "papers to train on": (
+        "start: Python, torch and transformers are imported, papers read and checked for overlap"
+    ),
     "training on": "benchmark before training, the reference every gain is measured from",
     "best validation": "training with its validations and checkpoints",
     "the trained model is": "benchmark after training, and of the encoder as its authors use it",
@@ -22,7 +26,9 @@ STAGES = {
 def help_seconds() -> float:
     """Seconds until `python main.py --help` has answered."""
     command = [sys.executable, str(ROOT / "main.py"), "--help"]
-    return interleaved({"help": lambda: subprocess.run(command, check=True, capture_output=True)}, 5)["help"]
+    return interleaved(
+        {"help": lambda: subprocess.run(command, check=True, capture_output=True)}, 5
+    )["help"]
 
 
 def quickstart_stages() -> dict[str, float]:
@@ -31,14 +37,22 @@ def quickstart_stages() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "main.py"), "--output-dir", f"{folder}/run"]
         started = last = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
             assert process.stderr is not None
             for line in process.stderr:
                 for mark, stage in STAGES.items():
                     if mark in line and stage not in found:
-                        found[stage], last = round(time.perf_counter() - last, 2), time.perf_counter()
+                        found[stage], last = (
+                            round(time.perf_counter() - last, 2),
+                            time.perf_counter(),
+                        )
         assert process.returncode == 0
-    return found | {"result page": round(time.perf_counter() - last, 2), "all": round(time.perf_counter() - started, 2)}
+    return found | {
+        "result page": round(time.perf_counter() - last, 2),
+        "all": round(time.perf_counter() - started, 2),
+    }
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
@@ -47,6 +61,17 @@ def run(quick: bool) -> list[dict[str, Any]]:
     sys.stderr.write(f"main.py --help: {seconds:.2f} s\n")
     stages = quickstart_stages()
     return [
-        {"operation": "start_up_help", "ours_s": round(seconds, 3), "goal": 1.0, "unit": "seconds, below the goal is good"},
-        {"operation": "quickstart_stages", "ours_s": stages["all"], "goal": None, "unit": "seconds", "stages": stages},
+        {
+            "operation": "start_up_help",
+            "ours_s": round(seconds, 3),
+            "goal": 1.0,
+            "unit": "seconds, below the goal is good",
+        },
+        {
+            "operation": "quickstart_stages",
+            "ours_s": stages["all"],
+            "goal": None,
+            "unit": "seconds",
+            "stages": stages,
+        },
     ]

@@ -1,7 +1,9 @@
-"""A training step beside sentence-transformers' trainer (bf16 and float32) and disentangled-flash's torch backend: same summaries, same batch size.
+"""A training step beside sentence-transformers' trainer (bf16 and float32) and disentangled-flash's
+torch backend: same summaries, same batch size.
 
-Ours is `train_embedding_model`'s own step: batches of random papers, tokenizing, loss over all in-batch negatives, AdamW, gradient norm. Theirs is the
-trainer with MultipleNegativesRankingLoss and fused AdamW, timed between the ends of its steps.
+Ours is `train_embedding_model`'s own step: batches of random papers, tokenizing, loss over all
+in-batch negatives, AdamW, gradient norm. Theirs is the trainer with MultipleNegativesRankingLoss
+and fused AdamW, timed between the ends of its steps.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import sentence_transformers
 import torch
 from common import MINILM, deberta_folder, gemm_peak, linear_operations, our_encoder, row, texts
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import TrainerCallback
@@ -41,9 +47,22 @@ class _Ends(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def ours(folder: str | Path, papers: list[Paper], batch: int, scratch: Path, texts_at_once: int = 0) -> tuple[Callable[[int], list[float]], int]:
-    """A function that takes so many steps and returns their seconds; operations of one real token's step."""
-    settings = complete(Settings(metric="cosine", loss="infonce", pooling="mean", batch_size=batch, precision="auto", texts_at_once=texts_at_once))
+def ours(
+    folder: str | Path, papers: list[Paper], batch: int, scratch: Path, texts_at_once: int = 0
+) -> tuple[Callable[[int], list[float]], int]:
+    """A function that takes so many steps and returns their seconds; operations of one real token's
+    step.
+    """
+    settings = complete(
+        Settings(
+            metric="cosine",
+            loss="infonce",
+            pooling="mean",
+            batch_size=batch,
+            precision="auto",
+            texts_at_once=texts_at_once,
+        )
+    )
     trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, ALONE)
 
     def steps(count: int) -> list[float]:
@@ -58,30 +77,52 @@ def ours(folder: str | Path, papers: list[Paper], batch: int, scratch: Path, tex
 
 
 def theirs(
-    folder: str | Path, papers: list[Paper], batch: int, bf16: bool, scratch: Path, change: Callable[[Any], Any] | None = None
+    folder: str | Path,
+    papers: list[Paper],
+    batch: int,
+    bf16: bool,
+    scratch: Path,
+    change: Callable[[Any], Any] | None = None,
 ) -> Callable[[int], list[float]]:
-    """The same for sentence-transformers' trainer; `change` may replace parts of the transformers model."""
+    """The same for sentence-transformers' trainer; `change` may replace parts of the transformers
+    model.
+    """
     transformer = Transformer(str(folder))
-    model = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu")
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
+    )
     if change:
         change(transformer.auto_model)
-    data = Dataset.from_dict({"anchor": [p.summaries[0] for p in papers], "positive": [p.summaries[1] for p in papers]})
+    data = Dataset.from_dict(
+        {"anchor": [p.summaries[0] for p in papers], "positive": [p.summaries[1] for p in papers]}
+    )
     loss = MultipleNegativesRankingLoss(model)
 
     def steps(count: int) -> list[float]:
         ends = _Ends()
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(scratch), per_device_train_batch_size=batch, max_steps=count + 1, bf16=bf16, use_cpu=True, save_strategy="no", report_to="none",
-            disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
-        SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[ends]).train()
+            output_dir=str(scratch),
+            per_device_train_batch_size=batch,
+            max_steps=count + 1,
+            bf16=bf16,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        SentenceTransformerTrainer(
+            model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[ends]
+        ).train()
         return [after - before for before, after in zip(ends.times, ends.times[1:], strict=False)]
 
     return steps
 
 
 def agreement(folder: str | Path) -> str:
-    """Largest relative difference of loss and gradients between our forward pass and transformers' own, float32, dropout off, one batch."""
+    """Largest relative difference of loss and gradients between our forward pass and transformers'
+    own, float32, dropout off, one batch.
+    """
     encoder = our_encoder(folder)
     encoder.model.eval()
     ids = encoder.tokenize(texts(16, SHORTEST, LONGEST, 5), 128)
@@ -90,17 +131,27 @@ def agreement(folder: str | Path) -> str:
         encoder.model.zero_grad()
         loss = torch.cdist(*forward(ids).split(8)).exp().mean().log()
         loss.backward()  # type: ignore[no-untyped-call]
-        found.append((loss.item(), [p.grad.clone() for p in encoder.model.parameters() if p.grad is not None]))
+        found.append(
+            (
+                loss.item(),
+                [p.grad.clone() for p in encoder.model.parameters() if p.grad is not None],
+            )
+        )
     (one, ours_), (other, plain) = found
     size = torch.stack([g.norm() for g in plain]).norm()
     worst = max(float((a - b).norm() / size) for a, b in zip(ours_, plain, strict=True))
-    return f"float32 loss within {abs(one - other) / abs(other):.0e}, gradients within {worst:.0e} of the whole gradient"
+    return (
+        f"float32 loss within {abs(one - other) / abs(other):.0e}, gradients within {worst:.0e} of"
+        " the whole gradient"
+    )
 
 
 def plain_forward(encoder: Any, ids: list[list[int]]) -> Any:
     """The padded path through transformers' own forward pass."""
     padded, mask = encoder._pad(ids)
-    return encoder._pool(encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask)
+    return encoder._pool(
+        encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
+    )
 
 
 def random_papers(count: int) -> list[Paper]:
@@ -109,28 +160,58 @@ def random_papers(count: int) -> list[Paper]:
     return [Paper(str(i), summaries=tuple(summaries[2 * i : 2 * i + 2])) for i in range(count)]
 
 
-def cached(folder: str | Path, batch: int, parts: tuple[int, ...], steps: int, rounds: int) -> list[dict[str, Any]]:
-    """The rows of gradient caching in so many parts beside one pass, all ours, each on its own copy of the model."""
+def cached(
+    folder: str | Path, batch: int, parts: tuple[int, ...], steps: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of gradient caching in so many parts beside one pass, all ours, each on its own copy
+    of the model.
+    """
     papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
-        runs = {number: ours(folder, papers, batch, Path(scratch), 2 * batch // number if number > 1 else 0)[0] for number in (*parts, 1)}
+        runs = {
+            number: ours(
+                folder, papers, batch, Path(scratch), 2 * batch // number if number > 1 else 0
+            )[0]
+            for number in (*parts, 1)
+        }
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(rounds):
             for number, run_steps in runs.items():
                 best[number] = min(best[number], *run_steps(steps + 1)[1:])
     return [
-        row(f"train_cached_in_{number}_vs_one_pass", "one pass", "this commit", best[number], best[1], 0.71, batch=batch,
-            unit=f"seconds a step of {batch} pairs, MiniLM, activations of {2 * batch // number} of {2 * batch} texts at once")
+        row(
+            f"train_cached_in_{number}_vs_one_pass",
+            "one pass",
+            "this commit",
+            best[number],
+            best[1],
+            0.71,
+            batch=batch,
+            unit=(
+                f"seconds a step of {batch} pairs, MiniLM, activations of {2 * batch // number} of"
+                f" {2 * batch} texts at once"
+            ),
+        )
         for number in parts
-    ]  # fmt: skip
+    ]
 
 
-def measure(name: str, folder: str | Path, batch: int, steps: int, rounds: int, peers: dict[str, tuple[bool, Any, float]]) -> list[dict[str, Any]]:
+def measure(
+    name: str,
+    folder: str | Path,
+    batch: int,
+    steps: int,
+    rounds: int,
+    peers: dict[str, tuple[bool, Any, float]],
+) -> list[dict[str, Any]]:
     """Rows of one model. peers: operation -> (bf16, change, goal)."""
     papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
         mine, operations = ours(folder, papers, batch, Path(scratch))
-        runs = {operation: theirs(folder, papers, batch, bf16, Path(scratch), change) for operation, (bf16, change, _) in peers.items()}
+        runs = {
+            operation: theirs(folder, papers, batch, bf16, Path(scratch), change)
+            for operation, (bf16, change, _) in peers.items()
+        }
         best = dict.fromkeys(["ours", *runs], float("inf"))
         mine(1)
         for _ in range(rounds):
@@ -141,10 +222,21 @@ def measure(name: str, folder: str | Path, batch: int, steps: int, rounds: int, 
     equal = agreement(folder)
     version = f"sentence-transformers {sentence_transformers.__version__}"
     return [
-        row(operation, f"{version}, {'bf16' if bf16 else 'float32'}{', disentangled-flash torch backend' if change else ''}", version, best["ours"],
-            best[operation], goal, share_of_gemm_peak=round(share, 3), agreement=equal, batch=batch, unit=f"seconds a step of {batch} pairs, {name}")
+        row(
+            operation,
+            f"{version},"
+            f" {'bf16' if bf16 else 'float32'}{', disentangled-flash torch backend' if change else ''}",
+            version,
+            best["ours"],
+            best[operation],
+            goal,
+            share_of_gemm_peak=round(share, 3),
+            agreement=equal,
+            batch=batch,
+            unit=f"seconds a step of {batch} pairs, {name}",
+        )
         for operation, (bf16, change, goal) in peers.items()
-    ]  # fmt: skip
+    ]
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
@@ -157,9 +249,13 @@ def run(quick: bool) -> list[dict[str, Any]]:
         optimize_deberta_training(model, backend="torch")
 
     found = measure(
-        "MiniLM", str(find_model(MINILM)), 32, 2 if quick else 6, 2 if quick else 3,
+        "MiniLM",
+        str(find_model(MINILM)),
+        32,
+        2 if quick else 6,
+        2 if quick else 3,
         {"train_minilm_vs_st_bf16": (True, None, 1.3), "train_minilm_vs_st": (False, None, 2.0)},
-    )  # fmt: skip
+    )
     found += cached(str(find_model(MINILM)), 64, (2, 4), 1 if quick else 3, 2 if quick else 3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = deberta_folder(Path(scratch))
@@ -168,5 +264,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
             "train_deberta_vs_disentangled_flash": (True, flash, 1.2),
             "train_deberta_vs_st": (False, None, 3.0),
         }
-        found += measure("DeBERTa-v3-base's shape", folder, 32, 1 if quick else 3, 1 if quick else 2, peers)
+        found += measure(
+            "DeBERTa-v3-base's shape", folder, 32, 1 if quick else 3, 1 if quick else 2, peers
+        )
     return found

@@ -1,13 +1,17 @@
-"""Cut the development papers into files to train on, to choose settings by, and to report on. Only the ids are in this repository (development_ids.json).
+"""Cut the development papers into files to train on, to choose settings by, and to report on. Only
+the ids are in this repository (development_ids.json).
 
     python docs/development_split.py --data FOLDER --output-dir runs/development
 
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
-    evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine literature reviews (the review is the `field`)
+    evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine
+    literature reviews (the review is the `field`)
     validation.jsonl     500 papers of the same two kinds, for choosing settings
-    more_validation.jsonl  those 500 and, for small differences, 800 more: 500 of the reviews, 300 with their one-sentence summary as query
-    train.jsonl        what may be trained on, no paper of the two files above nor a near-copy of one: papers with LLM summaries (three visits an epoch), papers
-                       with several summaries by people (two), 1,500 groups of LLM definitions (one)
+    more_validation.jsonl  those 500 and, for small differences, 800 more: 500 of the reviews, 300
+    with their one-sentence summary as query
+    train.jsonl        what may be trained on, no paper of the two files above nor a near-copy of
+                       one: papers with LLM summaries (three visits an epoch), papers with several
+                       summaries by people (two), 1,500 groups of LLM definitions (one)
 """
 
 from __future__ import annotations
@@ -41,12 +45,22 @@ class Command:
 
 
 def kind(paper: Paper) -> str:
-    """What a paper can be evaluated on: "query", "review" or "" (training only: with two summaries it can make a pair)."""
-    return "query" if paper.query and len(paper.summaries) < 2 else "review" if paper.source.startswith("review-") else ""
+    """What a paper can be evaluated on: "query", "review" or "" (training only: with two summaries
+    it can make a pair).
+    """
+    return (
+        "query"
+        if paper.query and len(paper.summaries) < 2
+        else "review"
+        if paper.source.startswith("review-")
+        else ""
+    )
 
 
 def choose(papers: list[Paper]) -> dict[str, list[str]]:
-    """Part -> ids, by a hash of the id, so that the choice does not depend on the file's order; papers like an earlier one are passed over."""
+    """Part -> ids, by a hash of the id, so that the choice does not depend on the file's order;
+    papers like an earlier one are passed over.
+    """
     chosen: dict[str, list[str]] = {}
     seen = SeenPapers()
     ordered = sorted(papers, key=lambda paper: zlib.crc32(paper.id.encode()))
@@ -85,14 +99,27 @@ def main() -> None:
         ids |= choose(papers)
         files.write_json(IDS, ids)
     parts = {part: [paper for paper in papers if paper.id in set(ids[part])] for part in SIZES}
-    more = set(ids["more_validation"]) - {paper.id for part_papers in parts.values() for paper in part_papers}
-    parts["more_validation"] = [*parts["validation"], *(with_query(paper) for paper in papers if paper.id in more)]
-    sizes = {part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()}
+    more = set(ids["more_validation"]) - {
+        paper.id for part_papers in parts.values() for paper in part_papers
+    }
+    parts["more_validation"] = [
+        *parts["validation"],
+        *(with_query(paper) for paper in papers if paper.id in more),
+    ]
+    sizes = {
+        part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()
+    }
     seen = SeenPapers(paper for part_papers in parts.values() for paper in part_papers)
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
     by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
-    definitions = itertools.islice(read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)), DEFINITIONS)
-    mixed = {paper.id: dataclasses.replace(paper, visits=visits) for visits, part in ((1, definitions), (2, by_people), (3, summaries)) for paper in part}
+    definitions = itertools.islice(
+        read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)), DEFINITIONS
+    )
+    mixed = {
+        paper.id: dataclasses.replace(paper, visits=visits)
+        for visits, part in ((1, definitions), (2, by_people), (3, summaries))
+        for paper in part
+    }
     sizes["train"] = write(output / "train.jsonl", mixed.values())
     print(", ".join(f"{name} {size}" for name, size in sizes.items()))
 

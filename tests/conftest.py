@@ -1,4 +1,6 @@
-"""Shared fixtures: tiny models made in a temporary folder (never downloaded), papers files, and a way to run the scripts as a user would."""
+"""Shared fixtures: tiny models made in a temporary folder (never downloaded), papers files, and a
+way to run the scripts as a user would.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 WORDS = (
-    "soil river cell market school theory metal protein voter climate graph poem court engine reef tax virus bridge memory crystal "
-    "grain harbour neuron ritual lattice pollen ledger glacier vowel turbine enzyme parish comet budget tissue syntax monsoon alloy census larva"
+    "soil river cell market school theory metal protein voter climate graph poem court engine reef"
+    " tax virus bridge memory crystal grain harbour neuron ritual lattice pollen ledger glacier"
+    " vowel turbine enzyme parish comet budget tissue syntax monsoon alloy census larva"
 ).split()
 
 
-def run_script(*words: str | Path, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *words: str | Path, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python SCRIPT ...` in the repository, offline, and return its exit code and output."""
     command = [sys.executable, *map(str, words)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    env = (
+        os.environ
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        | environment
+    )
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def sentence(*numbers: int) -> str:
@@ -39,8 +50,14 @@ def make_paper(number: int, **changes: Any) -> dict[str, Any]:
     paper = {
         "id": f"paper-{n}",
         "title": f"{sentence(n, n + 1, 3 * n)[:-1]} number {n}",
-        "abstract": f"First {n} {sentence(n, 5 * n + 1, n + 2)} Second {sentence(n + 3, 7 * n, n)} Third {sentence(2 * n, n + 9)} Last {sentence(n, n + 4)}",
-        "summaries": [f"{kind} {n} {sentence(n + i, 2 * n + i, 3 * n)}" for i, kind in enumerate(("problem", "method", "finding", "use"))],
+        "abstract": (
+            f"First {n} {sentence(n, 5 * n + 1, n + 2)} Second {sentence(n + 3, 7 * n, n)} Third"
+            f" {sentence(2 * n, n + 9)} Last {sentence(n, n + 4)}"
+        ),
+        "summaries": [
+            f"{kind} {n} {sentence(n + i, 2 * n + i, 3 * n)}"
+            for i, kind in enumerate(("problem", "method", "finding", "use"))
+        ],
         "query": f"{WORDS[n % len(WORDS)]} {WORDS[(5 * n) % len(WORDS)]} {n}",
         "field": f"field {n % 2}",
         "topic": f"topic {n // 4}",
@@ -81,7 +98,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tiny_bert(folder: Path) -> Path:
-    """A folder with a random two-layer BERT of 32 dimensions and a word-level tokenizer over WORDS, as a Hub repository would lay it out."""
+    """A folder with a random two-layer BERT of 32 dimensions and a word-level tokenizer over WORDS,
+    as a Hub repository would lay it out.
+    """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -101,7 +120,13 @@ def write_tiny_bert(folder: Path) -> Path:
     tokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=0
+        vocab_size=len(pieces),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
     )
     BertModel(config).save_pretrained(folder)
     return folder
@@ -109,7 +134,9 @@ def write_tiny_bert(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def lively_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny BERT with matrices eight times as large: a freshly drawn one gives nearly the same CLS vector for every text and learns slowly."""
+    """The tiny BERT with matrices eight times as large: a freshly drawn one gives nearly the same
+    CLS vector for every text and learns slowly.
+    """
     import torch
     from transformers import AutoModel
 
@@ -125,27 +152,58 @@ def lively_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tiny_deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder laid out as SciDeBERTa ships: config.json, fp16 pytorch_model.bin, spm.model (nmt_nfkc), and nothing else."""
+    """A folder laid out as SciDeBERTa ships: config.json, fp16 pytorch_model.bin, spm.model
+    (nmt_nfkc), and nothing else.
+    """
     import sentencepiece
     import torch
     from transformers import DebertaV2Config, DebertaV2Model
 
     folder = tmp_path_factory.mktemp("tiny_deberta")
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(sentence(i, 3 * i, 5 * i, i + 7) for i in range(400)) + "\nfind office flow 5\n" * 20, encoding="utf-8")
+    corpus.write_text(
+        "\n".join(sentence(i, 3 * i, 5 * i, i + 7) for i in range(400))
+        + "\nfind office flow 5\n" * 20,
+        encoding="utf-8",
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spm"), vocab_size=150, hard_vocab_limit=False, model_type="unigram", normalization_rule_name="nmt_nfkc",
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
-    )  # fmt: skip
+        input=str(corpus),
+        model_prefix=str(folder / "spm"),
+        vocab_size=150,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
     corpus.unlink()
     (folder / "spm.vocab").unlink()
     torch.manual_seed(0)
     config_class: Any = DebertaV2Config  # its fields are not typed
     config = config_class(
-        vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, relative_attention=True, position_buckets=256,
-        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], max_relative_positions=-1, position_biased_input=False,
-        max_position_embeddings=512, type_vocab_size=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=160,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=-1,
+        position_biased_input=False,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+        pad_token_id=0,
+    )
     model = cast(torch.nn.Module, DebertaV2Model(config)).to(torch.float16)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     config.save_pretrained(folder)

@@ -1,9 +1,12 @@
-"""A stand-in for a language-model server: answers /v1/chat/completions with made-up sentences, at a given latency, and misbehaves on demand.
+"""A stand-in for a language-model server: answers /v1/chat/completions with made-up sentences, at a
+given latency, and misbehaves on demand.
 
-python tests/fake_llm_server.py [--latency SECONDS] [--faults SHARE] [--log FILE]     prints its base URL, serves until killed
-with FakeServer(latency=0.01, misbehave=lambda body, number: "500" if number == 0 else None) as server: ...     serves in a thread
+python tests/fake_llm_server.py [--latency SECONDS] [--faults SHARE] [--log FILE]     prints its
+base URL, serves until killed with FakeServer(latency=0.01, misbehave=lambda body, number: "500" if
+number == 0 else None) as server: ...     serves in a thread
 
-Equal requests get equal answers; requests that differ in any message or in the seed get different ones.
+Equal requests get equal answers; requests that differ in any message or in the seed get different
+ones.
 """
 
 from __future__ import annotations
@@ -25,7 +28,24 @@ Body = dict[str, Any]
 STALL = 30.0  # seconds
 
 # 256 made-up words of five to seven letters: no text of theirs is a refusal or speaks of a study.
-SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu", "dal", "fen", "gor", "hip", "jul", "pex")
+SYLLABLES = (
+    "ba",
+    "ke",
+    "li",
+    "mo",
+    "nu",
+    "ra",
+    "se",
+    "ti",
+    "vo",
+    "zu",
+    "dal",
+    "fen",
+    "gor",
+    "hip",
+    "jul",
+    "pex",
+)
 WORDS = [SYLLABLES[i // 16] + "n" + SYLLABLES[i % 16] for i in range(256)]
 
 # What may go wrong: on the wire ...
@@ -36,7 +56,9 @@ FORMS = ("chunked", "until closed", "gzip")
 TEXTS = {
     "empty": "",
     "refusal": "I'm sorry, but as an AI language model I cannot summarise this text for you today.",
-    "study": "This study shows that the authors measured several things about their subject with care.",
+    "study": (
+        "This study shows that the authors measured several things about their subject with care."
+    ),
 }
 KINDS = (*WIRE, *TEXTS, "cut", "preamble")
 
@@ -44,7 +66,12 @@ KINDS = (*WIRE, *TEXTS, "cut", "preamble")
 def sentence(body: Body, number: int = 0) -> str:
     """Sixteen words drawn by a hash of the request: the made-up answer."""
     what = json.dumps([body["messages"], body.get("seed"), number]).encode()
-    return " ".join(WORDS[byte] for byte in hashlib.blake2b(what, digest_size=16).digest()).capitalize() + "."
+    return (
+        " ".join(
+            WORDS[byte] for byte in hashlib.blake2b(what, digest_size=16).digest()
+        ).capitalize()
+        + "."
+    )
 
 
 def completion(body: Body, kind: str | None) -> bytes:
@@ -58,9 +85,25 @@ def completion(body: Body, kind: str | None) -> bytes:
         text = text[: 2 * len(text) // 3]
     if kind == "preamble":
         text = f'Sure! Here is a one-sentence summary:\n\n**"{text}"**'
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length" if kind == "cut" else "stop"}
-    usage = {"prompt_tokens": sum(len(message["content"]) for message in body["messages"]) // 4, "completion_tokens": len(text.split())}
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice], "usage": usage}).encode()
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "length" if kind == "cut" else "stop",
+    }
+    usage = {
+        "prompt_tokens": sum(len(message["content"]) for message in body["messages"]) // 4,
+        "completion_tokens": len(text.split()),
+    }
+    return json.dumps(
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [choice],
+            "usage": usage,
+        }
+    ).encode()
 
 
 def response(body: Body, kind: str | None) -> bytes:
@@ -69,7 +112,10 @@ def response(body: Body, kind: str | None) -> bytes:
     if kind == "no choices":
         content = b'{"choices": []}'
     elif kind is not None and kind[:3].isdigit():
-        status, content = int(kind[:3]), json.dumps({"error": {"message": f"made-up {kind}"}}).encode()
+        status, content = (
+            int(kind[:3]),
+            json.dumps({"error": {"message": f"made-up {kind}"}}).encode(),
+        )
         if status == 429:
             extra = f"Retry-After: {formatdate(usegmt=True) if kind == '429 date' else '0.2'}\r\n"
     else:
@@ -83,19 +129,32 @@ def response(body: Body, kind: str | None) -> bytes:
     if kind == "chunked":
         size = "Transfer-Encoding: chunked\r\n"
         parts = [content[:7], content[7:100], content[100:]]
-        content = b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\nTrailer: x\r\n\r\n"
+        content = (
+            b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts)
+            + b"0\r\nTrailer: x\r\n\r\n"
+        )
     if kind == "until closed":
         size = ""
     if kind == "gzip":
         content = gzip.compress(content)
         size = f"Content-Encoding: gzip\r\nContent-Length: {len(content)}\r\n"
-    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{size}{extra}\r\n".encode() + content
+    return (
+        f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{size}{extra}\r\n".encode()
+        + content
+    )
 
 
 class FakeServer:
-    """Serves on 127.0.0.1, in a thread of its own when used as a context manager. `requests`, `kinds` and `times` hold every request in order of arrival."""
+    """Serves on 127.0.0.1, in a thread of its own when used as a context manager. `requests`,
+    `kinds` and `times` hold every request in order of arrival.
+    """
 
-    def __init__(self, latency: float = 0.0, misbehave: Callable[[Body, int], str | None] = lambda body, number: None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        latency: float = 0.0,
+        misbehave: Callable[[Body, int], str | None] = lambda body, number: None,
+        log: Path | None = None,
+    ) -> None:
         self.latency, self.misbehave = latency, misbehave
         self.requests: list[Body] = []
         self.kinds: list[str | None] = []
@@ -107,7 +166,9 @@ class FakeServer:
 
     async def serve(self, ready: Callable[[], object]) -> None:
         """Serve until cancelled; `ready` is called once `url` is set."""
-        server = await asyncio.get_running_loop().create_server(lambda: Connection(self), "127.0.0.1", backlog=2048)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self), "127.0.0.1", backlog=2048
+        )
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         ready()
         await server.serve_forever()
@@ -119,7 +180,9 @@ class FakeServer:
         self.kinds.append(kind)
         self.times.append(time.monotonic())
         if self._log:
-            self._log.write(json.dumps({"text": body["messages"][-1]["content"], "kind": kind}) + "\n")
+            self._log.write(
+                json.dumps({"text": body["messages"][-1]["content"], "kind": kind}) + "\n"
+            )
             self._log.flush()
         return kind
 
@@ -158,7 +221,9 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         arrived, self.buffer = loop.time(), self.buffer + data
         head, found, rest = self.buffer.partition(b"\r\n\r\n")
-        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+        fields = dict(
+            line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line
+        )
         length = int(fields.get(b"content-length", 0))
         if not found or len(rest) < length:
             return
@@ -169,7 +234,8 @@ class Connection(asyncio.Protocol):
         self.server.active += 1
         self.server.most_active = max(self.server.most_active, self.server.active)
         delay = STALL if kind == "stall" else self.server.latency
-        loop.call_at(arrived + delay, self.answer, response(body, kind), kind)  # made ready at once: making it is part of the latency
+        # made ready at once: making it is part of the latency
+        loop.call_at(arrived + delay, self.answer, response(body, kind), kind)
 
     def answer(self, ready: bytes, kind: str | None) -> None:
         self.server.active -= 1
@@ -181,7 +247,9 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def at_random(share: float, kinds: Sequence[str] = KINDS, seed: int = 0) -> Callable[[Body, int], str | None]:
+def at_random(
+    share: float, kinds: Sequence[str] = KINDS, seed: int = 0
+) -> Callable[[Body, int], str | None]:
     """Misbehaviour that meets this share of the requests, all kinds alike."""
     draw = random.Random(seed)
     return lambda body, number: draw.choice(kinds) if draw.random() < share else None

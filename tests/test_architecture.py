@@ -1,4 +1,6 @@
-"""The shape of the project: which script may import which, that importing one has no effect, and how long they may be."""
+"""The shape of the project: which script may import which, that importing one has no effect, and
+how long they may be.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-# Arrows of the design: a script may import what stands at the end of its arrows, and everything that may import in turn.
+# Arrows of the design: a script may import what stands at the end of its arrows, and everything
+# that may import in turn.
 ARROWS = {
     "main": ("report", "train_embedding_model"),
     "report": ("semantic_benchmark",),
@@ -36,10 +39,9 @@ ARROWS = {
     "search_papers": ("baseline_models",),
     "publish_model": ("report",),
 }
-LINE_CAPS = {"main": 80, "train_embedding_model": 350}
-ALL_LINES = (
-    5_840  # the design said 3,500, before seventeen recipes, adapters, the result page, the language-model client, the fast path and publishing were written
-)
+LINE_CAPS = {"main": 110, "train_embedding_model": 600}
+# Formatted at 100 columns. The goal is 7,000 together with tools.
+ALL_LINES = 8_700
 
 SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
@@ -49,15 +51,21 @@ def reachable(name: str) -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Every module a script names in an import, wherever it stands (in functions, under TYPE_CHECKING), and in importlib's calls."""
+    """Every module a script names in an import, wherever it stands (in functions, under
+    TYPE_CHECKING), and in importlib's calls.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import in a folder of scripts"
+            assert node.level == 0, (
+                f"{path.name}:{node.lineno}: a relative import in a folder of scripts"
+            )
             found.add((node.module or "").partition(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
             found.update(str(word.value) for word in node.args if isinstance(word, ast.Constant))
     return found
 
@@ -74,13 +82,15 @@ def test_scripts_do_not_import_tests_or_benches(name: str) -> None:
     assert imported(SCRIPTS[name]).isdisjoint({"pytest", "conftest", "tests", "bench"})
 
 
-def test_the_arrows_have_no_circle_and_the_checker_sees_every_kind_of_import(tmp_path: Path) -> None:
+def test_the_arrows_have_no_circle_and_the_checker_sees_every_kind_of_import(
+    tmp_path: Path,
+) -> None:
     assert all(name not in reachable(name) for name in ARROWS)
     path = tmp_path / "script.py"
     path.write_text(
-        "import a, b.inner as c\nfrom d.inner import x\n"
-        "def f():\n    import e\n    class G:\n        from g import *\n    importlib.import_module('h')\n"
-        "if TYPE_CHECKING:\n    from i import J\n",
+        "import a, b.inner as c\nfrom d.inner import x\ndef f():\n    import e\n    class G:\n     "
+        "   from g import *\n    importlib.import_module('h')\nif TYPE_CHECKING:\n    from i"
+        " import J\n",
         encoding="utf-8",
     )
     assert imported(path) == {"a", "b", "d", "e", "g", "h", "i"}
@@ -135,7 +145,9 @@ print("RESULT", json.dumps(changed))
 
 
 def test_importing_a_script_has_no_effect(tmp_path: Path) -> None:
-    """No file, seed, random state, environment variable, logging set-up, signal handler, thread or CUDA call; nothing printed."""
+    """No file, seed, random state, environment variable, logging set-up, signal handler, thread or
+    CUDA call; nothing printed.
+    """
     done = run_script("-c", OBSERVE, ROOT, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("RESULT ")
@@ -171,7 +183,11 @@ def test_a_script_says_first_what_it_is_for(name: str) -> None:
 
 def pins(name: str) -> dict[str, str]:
     """Package -> version of the lines "package==version" of a requirements file, extras left out."""
-    found = re.findall(r"^([\w.-]+)(?:\[[^]]*])?==(\S+)$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = re.findall(
+        r"^([\w.-]+)(?:\[[^]]*])?==(\S+)$",
+        (ROOT / name).read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
     return {canonical(package): version for package, version in found}
 
 
@@ -193,13 +209,25 @@ def needed_by(package: str, seen: set[str]) -> None:
 
 
 def test_every_package_that_is_installed_has_its_version_in_the_constraints() -> None:
-    """All but torch, which has several builds; direct pins and constraints agree; no addresses, paths or hashes."""
+    """All but torch, which has several builds; direct pins and constraints agree; no addresses,
+    paths or hashes.
+    """
     direct, known = pins("requirements.txt") | pins("requirements-dev.txt"), pins("constraints.txt")
-    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert len(lines) == len(known)
     assert "torch" not in known
-    assert {name: known[name] for name in direct if name != "torch"} == {name: version for name, version in direct.items() if name != "torch"}
+    assert {name: known[name] for name in direct if name != "torch"} == {
+        name: version for name, version in direct.items() if name != "torch"
+    }
     needed: set[str] = set()
     for package in direct.keys() - {"torch"}:
         needed_by(package, needed)
-    assert not {name for name in needed - set(known) - {"torch"} if not name.startswith(("nvidia", "triton", "cuda"))}
+    assert not {
+        name
+        for name in needed - set(known) - {"torch"}
+        if not name.startswith(("nvidia", "triton", "cuda"))
+    }

@@ -1,4 +1,6 @@
-"""collect_papers.py: the Hub's layouts, files of every kind, what is left out and why, and runs that are stopped. All on local files of the same layout."""
+"""collect_papers.py: the Hub's layouts, files of every kind, what is left out and why, and runs
+that are stopped. All on local files of the same layout.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,13 @@ from collect_papers import Command, collect, objects_with, plain_text, read_bibt
 from files import RunError, UserError
 from load_data import Paper, read_papers
 
-FIELDS = "Art,Biology,Business,Chemistry,Computer science,Economics,Engineering,Environmental science,Geography,Geology,History,Materials science,\
-Mathematics,Medicine,Philosophy,Physics,Political science,Psychology,Sociology".split(",")
+FIELDS = (
+    "Art,Biology,Business,Chemistry,Computer science,Economics,Engineering,Environmental"
+    " science,Geography,Geology,History,Materials"
+    " science,Mathematics,Medicine,Philosophy,Physics,Political science,Psychology,Sociology".split(
+        ","
+    )
+)
 
 
 def abstract(number: int, words: int = 50) -> str:
@@ -45,7 +52,9 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_repository(folder: Path, splits: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """A data-set repository as the Hub has it: two parquet shards a split, and a card that names the configs."""
+    """A data-set repository as the Hub has it: two parquet shards a split, and a card that names
+    the configs.
+    """
     card = ["---", "configs:"]
     for (config, split), rows in splits.items():
         for shard, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
@@ -70,82 +79,169 @@ def rows_in(path: Path | str) -> list[dict[str, Any]]:
 
 
 def counts_in(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
-    """What the last run logged: "kept 3 of 5 papers; left out: 2 no abstract" -> {"kept": 3, "of": 5, "no abstract": 2}."""
-    line = next(record.getMessage() for record in reversed(caplog.records) if " left out: " in record.getMessage())
+    """What the last run logged: "kept 3 of 5 papers; left out: 2 no abstract" -> {"kept": 3, "of":
+    5, "no abstract": 2}.
+    """
+    line = next(
+        record.getMessage()
+        for record in reversed(caplog.records)
+        if " left out: " in record.getMessage()
+    )
     head, reasons, _ = line.split("; ")
     reasons = reasons.removeprefix("left out: ")
     words = head.split()
     found = {"kept": int(words[-4]), "of": int(words[-2])}
-    return found | {reason: int(count) for count, _, reason in (part.partition(" ") for part in reasons.split(", ") if part != "none")}
+    return found | {
+        reason: int(count)
+        for count, _, reason in (
+            part.partition(" ") for part in reasons.split(", ") if part != "none"
+        )
+    }
 
 
 TRAINING = {
-    ("fos", "train"): [paper(i, corpus_id=i, labels=[1], labels_text=["Biology"]) for i in range(30)],
+    ("fos", "train"): [
+        paper(i, corpus_id=i, labels=[1], labels_text=["Biology"]) for i in range(30)
+    ],
     ("search", "train"): [
-        {"query": "some words", "doc_id": "q", "candidates": [paper(100 + 4 * i + j, corpus_id=100 + 4 * i + j, doc_id="sha", venue="v") for j in range(4)]}
+        {
+            "query": "some words",
+            "doc_id": "q",
+            "candidates": [
+                paper(100 + 4 * i + j, corpus_id=100 + 4 * i + j, doc_id="sha", venue="v")
+                for j in range(4)
+            ],
+        }
         for i in range(10)
     ],
-    ("cite_prediction", "train"): [{part: paper(200 + 3 * i + j, sha=f"sha{3 * i + j}") for j, part in enumerate(("query", "pos", "neg"))} for i in range(10)],
+    ("cite_prediction", "train"): [
+        {
+            part: paper(200 + 3 * i + j, sha=f"sha{3 * i + j}")
+            for j, part in enumerate(("query", "pos", "neg"))
+        }
+        for i in range(10)
+    ],
 }
 
 
-def test_scirepeval_papers_are_found_in_rows_candidates_and_triplets(hub: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scirepeval_papers_are_found_in_rows_candidates_and_triplets(
+    hub: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    twice = {"query": "again", "doc_id": "q", "candidates": [paper(0, corpus_id=100), {"title": "Without", "abstract": None, "corpus_id": 900}]}
+    twice = {
+        "query": "again",
+        "doc_id": "q",
+        "candidates": [
+            paper(0, corpus_id=100),
+            {"title": "Without", "abstract": None, "corpus_id": 900},
+        ],
+    }
     splits = TRAINING | {("search", "train"): [*TRAINING["search", "train"], twice]}
     write_repository(hub / "allenai/scirepeval", splits)
-    collect(Command(output="out.jsonl", source="scirepeval", config=("fos", "search", "cite_prediction")))
+    collect(
+        Command(
+            output="out.jsonl", source="scirepeval", config=("fos", "search", "cite_prediction")
+        )
+    )
     found = rows_in("out.jsonl")
-    wanted = {str(i): i for i in [*range(30), *range(100, 140)]} | {f"sha{i}": 200 + i for i in range(30)}
-    assert {row["id"]: (row["title"], row["abstract"]) for row in found} == {key: (f"Title of number {i}", abstract(i)) for key, i in wanted.items()}
-    assert Counter(row["source"] for row in found) == {
-        f"allenai/scirepeval {config}": n for config, n in [("fos", 30), ("search", 40), ("cite_prediction", 30)]
+    wanted = {str(i): i for i in [*range(30), *range(100, 140)]} | {
+        f"sha{i}": 200 + i for i in range(30)
     }
-    assert counts_in(caplog) == {"kept": 100, "of": 102, "no abstract": 1, "collected already (same id)": 1}
+    assert {row["id"]: (row["title"], row["abstract"]) for row in found} == {
+        key: (f"Title of number {i}", abstract(i)) for key, i in wanted.items()
+    }
+    assert Counter(row["source"] for row in found) == {
+        f"allenai/scirepeval {config}": n
+        for config, n in [("fos", 30), ("search", 40), ("cite_prediction", 30)]
+    }
+    assert counts_in(caplog) == {
+        "kept": 100,
+        "of": 102,
+        "no abstract": 1,
+        "collected already (same id)": 1,
+    }
 
 
 @pytest.mark.parametrize("limit", [59, 60, 61, 62])
 def test_configs_mix_evenly_whatever_their_rows_hold(hub: Path, limit: int) -> None:
     write_repository(hub / "allenai/scirepeval", TRAINING)
-    collect(Command(output="out.jsonl", source="scirepeval", config=("fos", "search", "cite_prediction"), limit=limit))
+    collect(
+        Command(
+            output="out.jsonl",
+            source="scirepeval",
+            config=("fos", "search", "cite_prediction"),
+            limit=limit,
+        )
+    )
     found = Counter(row["source"] for row in rows_in("out.jsonl"))
     assert found.total() == limit
-    assert all(limit / 3 - 4 <= found[f"allenai/scirepeval {config}"] <= limit / 3 + 4 for config, _ in TRAINING)  # 4: the largest row
+    # 4: the largest row
+    assert all(
+        limit / 3 - 4 <= found[f"allenai/scirepeval {config}"] <= limit / 3 + 4
+        for config, _ in TRAINING
+    )
 
 
 def test_scirepeval_reads_its_largest_training_tasks_by_default(hub: Path) -> None:
     tasks = ["fos", "mesh_descriptors", "cite_prediction", "search"]
-    write_repository(hub / "allenai/scirepeval", {(task, "train"): [paper(i, corpus_id=i)] for i, task in enumerate(tasks)})
+    write_repository(
+        hub / "allenai/scirepeval",
+        {(task, "train"): [paper(i, corpus_id=i)] for i, task in enumerate(tasks)},
+    )
     collect(Command(output="out.jsonl", source="scirepeval"))
-    assert {row["source"] for row in rows_in("out.jsonl")} == {f"allenai/scirepeval {task}" for task in tasks}
+    assert {row["source"] for row in rows_in("out.jsonl")} == {
+        f"allenai/scirepeval {task}" for task in tasks
+    }
 
 
 def write_scidocs(hub: Path, labels: dict[str, int], converted: bool = False) -> None:
-    """Texts "a" to "z" of which b has no abstract, c a short one that repeats the title, and e that of d; labels in both splits."""
-    texts = [paper(ord(name), doc_id=name, corpus_id=ord(name)) for name in "abcdefghijklmnopqrstuvwxyz"]
+    """Texts "a" to "z" of which b has no abstract, c a short one that repeats the title, and e that
+    of d; labels in both splits.
+    """
+    texts = [
+        paper(ord(name), doc_id=name, corpus_id=ord(name)) for name in "abcdefghijklmnopqrstuvwxyz"
+    ]
     texts[1]["abstract"] = None
     texts[2]["abstract"] = texts[2]["title"] + " and more"
     texts[4]["abstract"] = texts[3]["abstract"]
     write_repository(hub / "allenai/scirepeval", {("scidocs_mag_mesh", "evaluation"): texts})
     rows = [{"paper_id": name, "label": label} for name, label in labels.items()]
-    if converted:  # the layout of the branch refs/convert/parquet, beside another config that must not come in
+    # the layout of the branch refs/convert/parquet, beside another config that must not come in
+    if converted:
         for split, part in {"train": rows[:12], "test": rows[12:]}.items():
-            write_parquet(hub / "allenai/scirepeval_test/scidocs_mag" / split / "0000.parquet", part)
-            write_parquet(hub / "allenai/scirepeval_test/scidocs_mesh" / split / "0000.parquet", [{"paper_id": "z", "label": 3}])
+            write_parquet(
+                hub / "allenai/scirepeval_test/scidocs_mag" / split / "0000.parquet", part
+            )
+            write_parquet(
+                hub / "allenai/scirepeval_test/scidocs_mesh" / split / "0000.parquet",
+                [{"paper_id": "z", "label": 3}],
+            )
     else:
         other = [{"paper_id": "z", "label": 3}] * 2
         write_repository(
             hub / "allenai/scirepeval_test",
-            {("scidocs_mag", "train"): rows[:12], ("scidocs_mag", "test"): rows[12:], ("scidocs_mesh", "train"): other},
+            {
+                ("scidocs_mag", "train"): rows[:12],
+                ("scidocs_mag", "test"): rows[12:],
+                ("scidocs_mesh", "train"): other,
+            },
         )
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["card", "parquet branch"])
-def test_scidocs_joins_texts_and_labels_and_is_taken_whole(hub: Path, caplog: pytest.LogCaptureFixture, converted: bool) -> None:
+def test_scidocs_joins_texts_and_labels_and_is_taken_whole(
+    hub: Path, caplog: pytest.LogCaptureFixture, converted: bool
+) -> None:
     caplog.set_level(logging.INFO)
-    write_scidocs(hub, {name: i for i, name in enumerate("abcdefghijklmnopqrs")} | {"no text": 4, "nor this": 5}, converted)
+    write_scidocs(
+        hub,
+        {name: i for i, name in enumerate("abcdefghijklmnopqrs")} | {"no text": 4, "nor this": 5},
+        converted,
+    )
     collect(Command(output="scidocs.jsonl.gz", source="scidocs"))
-    assert {row["id"]: row["field"] for row in rows_in("scidocs.jsonl.gz")} == {name: FIELDS[i] for i, name in enumerate("abcdefghijklmnopqrs") if name != "b"}
+    assert {row["id"]: row["field"] for row in rows_in("scidocs.jsonl.gz")} == {
+        name: FIELDS[i] for i, name in enumerate("abcdefghijklmnopqrs") if name != "b"
+    }
     assert counts_in(caplog) == {"kept": 18, "of": 26, "no label": 7, "no abstract": 1}
     assert "2 SciDocs labels have no text" in caplog.text
 
@@ -156,18 +252,25 @@ def test_scidocs_labels_out_of_range_are_refused(hub: Path) -> None:
         collect(Command(output="out.jsonl", source="scidocs"))
 
 
-def test_a_repository_with_a_script_is_read_from_its_parquet_branch(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_with_a_script_is_read_from_its_parquet_branch(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_scidocs(hub, {"a": 3}, converted=True)
     load, asked = datasets.load_dataset, []
 
     def load_dataset(name: str, *words: Any, **options: Any) -> Any:
         if name == "allenai/scirepeval_test" and "revision" not in options:
-            raise RuntimeError("Dataset scripts are no longer supported, but found scirepeval_test.py")
+            raise RuntimeError(
+                "Dataset scripts are no longer supported, but found scirepeval_test.py"
+            )
         asked.append((name, options.get("revision"), options.get("data_dir")))
         return load(name, *words, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    write_parquet(hub / "allenai/scirepeval_test/scidocs_mag/test/0000.parquet", [{"paper_id": "z", "label": 18}])
+    write_parquet(
+        hub / "allenai/scirepeval_test/scidocs_mag/test/0000.parquet",
+        [{"paper_id": "z", "label": 18}],
+    )
     assert collect_papers.scidocs_fields() == {"a": "Chemistry", "z": "Sociology"}
     assert asked == [("allenai/scirepeval_test", "refs/convert/parquet", "scidocs_mag")]
     with pytest.raises(UserError, match="Dataset scripts are no longer supported"):
@@ -187,36 +290,86 @@ def write_hard(path: Path) -> None:
     with io.StringIO() as handle:
         if kind in ("csv", "tsv"):
             handle.write("\ufeff")  # as spreadsheets write it
-            table = csv.DictWriter(handle, list(rows[0]), delimiter={"a.csv": ";", "a.tsv": "\t"}.get(path.name, ","))
+            table = csv.DictWriter(
+                handle, list(rows[0]), delimiter={"a.csv": ";", "a.tsv": "\t"}.get(path.name, ",")
+            )
             table.writeheader()
             table.writerows(rows)
         elif kind == "bib":
-            handle.write("".join(f"@article{{{row['key']},\n  name = {{{{{row['name']}}}}},\n  text = {{{row['text']}}},\n  year = 2020\n}}\n" for row in rows))
+            handle.write(
+                "".join(
+                    f"@article{{{row['key']},\n  name = {{{{{row['name']}}}}},\n  text ="
+                    f" {{{row['text']}}},\n  year = 2020\n}}\n"
+                    for row in rows
+                )
+            )
         else:
-            handle.write(json.dumps(rows, indent=1) if kind == "json" else "\n".join(map(json.dumps, rows)) + "\n\n")
+            handle.write(
+                json.dumps(rows, indent=1)
+                if kind == "json"
+                else "\n".join(map(json.dumps, rows)) + "\n\n"
+            )
         data = handle.getvalue().encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     if kind == "parquet":
         write_parquet(path, rows)
 
 
-@pytest.mark.parametrize("name", "a.csv b.csv a.tsv b.csv.gz a.json a.jsonl a.jsonl.gz a.parquet a.bib a[1].CSV".split())
+@pytest.mark.parametrize(
+    "name", "a.csv b.csv a.tsv b.csv.gz a.json a.jsonl a.jsonl.gz a.parquet a.bib a[1].CSV".split()
+)
 def test_every_kind_of_file_gives_the_same_papers(tmp_path: Path, name: str) -> None:
     write_hard(tmp_path / name)
     output = tmp_path / "out.jsonl"
-    collect(Command(output=str(output), input=str(tmp_path / name), id="id" if name == "a.bib" else "key", title="name", abstract="text"))
-    braces = str.maketrans("", "", "{}" if name.endswith("bib") else "")  # in BibTeX they are mark-up
-    wanted = [{"id": key, "title": title, "abstract": " ".join(text.translate(braces).split()), "source": name} for key, title, text in HARD]
+    collect(
+        Command(
+            output=str(output),
+            input=str(tmp_path / name),
+            id="id" if name == "a.bib" else "key",
+            title="name",
+            abstract="text",
+        )
+    )
+    # in BibTeX they are mark-up
+    braces = str.maketrans("", "", "{}" if name.endswith("bib") else "")
+    wanted = [
+        {
+            "id": key,
+            "title": title,
+            "abstract": " ".join(text.translate(braces).split()),
+            "source": name,
+        }
+        for key, title, text in HARD
+    ]
     assert rows_in(output) == wanted
 
 
-def test_json_lines_may_change_their_keys_and_types(papers_file: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [paper(1, year=2000), paper(2, year="n.d.", query="late"), paper(3, year=None, query=["two", "half \ud83d"])]
-    collect(Command(output=str(tmp_path / "out.jsonl"), input=str(papers_file(rows)), query="query", field="year"))
-    assert [(row.get("field"), row.get("query")) for row in rows_in(tmp_path / "out.jsonl")] == [("2000", None), ("n.d.", "late"), (None, "two half ?")]
+def test_json_lines_may_change_their_keys_and_types(
+    papers_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        paper(1, year=2000),
+        paper(2, year="n.d.", query="late"),
+        paper(3, year=None, query=["two", "half \ud83d"]),
+    ]
+    collect(
+        Command(
+            output=str(tmp_path / "out.jsonl"),
+            input=str(papers_file(rows)),
+            query="query",
+            field="year",
+        )
+    )
+    assert [(row.get("field"), row.get("query")) for row in rows_in(tmp_path / "out.jsonl")] == [
+        ("2000", None),
+        ("n.d.", "late"),
+        (None, "two half ?"),
+    ]
 
 
-def test_a_folder_is_read_like_a_data_set_and_ids_and_summaries_may_have_any_shape(hub: Path) -> None:
+def test_a_folder_is_read_like_a_data_set_and_ids_and_summaries_may_have_any_shape(
+    hub: Path,
+) -> None:
     rows = [
         paper(1, key=17, notes=["One.", None, " Two  words. "]),
         paper(2, key=None, notes=[]),
@@ -236,8 +389,12 @@ def test_a_folder_is_read_like_a_data_set_and_ids_and_summaries_may_have_any_sha
     assert all(len(one) == 16 for one in hashed)
 
 
-def test_abstracts_kept_as_sentences_are_joined(papers_file: Callable[..., Path], tmp_path: Path) -> None:
-    path = papers_file([paper(1, abstract=[abstract(1, 30), abstract(2, 30)], summaries="One text.")])
+def test_abstracts_kept_as_sentences_are_joined(
+    papers_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = papers_file(
+        [paper(1, abstract=[abstract(1, 30), abstract(2, 30)], summaries="One text.")]
+    )
     collect(Command(output=str(tmp_path / "out.jsonl"), input=str(path), summaries="summaries"))
     assert rows_in(tmp_path / "out.jsonl")[0]["abstract"] == f"{abstract(1, 30)} {abstract(2, 30)}"
     assert rows_in(tmp_path / "out.jsonl")[0]["summaries"] == ["One text."]
@@ -251,12 +408,27 @@ SCREENED: list[tuple[str | None, dict[str, Any]]] = [
     ("no title", {"id": "c", **paper(4), "title": ""}),
     ("short abstract", {"id": "d", **paper(5), "abstract": abstract(5, 39)}),
     (None, {"id": "e", **paper(6), "abstract": abstract(6, 40)}),
-    ("abstract repeats the title", {"id": "f", "title": "On Rivers: and Seas", "abstract": f"{abstract(7)} ON rivers and   seas. {abstract(8)}"}),
-    (None, {"id": "g", "title": "On Rivers and", "abstract": f"{abstract(9)} on rivers and seas"}),  # three words may stand there by chance
-    (None, {"id": "h", "title": "On rivers and sea", "abstract": f"{abstract(10)} on rivers and seas"}),  # not the same last word
+    (
+        "abstract repeats the title",
+        {
+            "id": "f",
+            "title": "On Rivers: and Seas",
+            "abstract": f"{abstract(7)} ON rivers and   seas. {abstract(8)}",
+        },
+    ),
+    # three words may stand there by chance
+    (None, {"id": "g", "title": "On Rivers and", "abstract": f"{abstract(9)} on rivers and seas"}),
+    # not the same last word
+    (
+        None,
+        {"id": "h", "title": "On rivers and sea", "abstract": f"{abstract(10)} on rivers and seas"},
+    ),
     ("collected already (same id)", {"id": "known", **paper(11)}),
     ("collected already (same title)", {"id": "i", **paper(12), "title": "TITLE of  number 1."}),
-    ("collected already (same abstract)", {"id": "j", **paper(13), "abstract": abstract(1) + " One more sentence."}),
+    (
+        "collected already (same abstract)",
+        {"id": "j", **paper(13), "abstract": abstract(1) + " One more sentence."},
+    ),
     ("in an excluded file (same id)", {"id": "evaluation", **paper(14)}),
     ("in an excluded file (same title)", {"id": "k", **paper(15), "title": "title OF number 800"}),
     ("in an excluded file (same abstract)", {"id": "l", **paper(16), "abstract": abstract(900)}),
@@ -264,18 +436,33 @@ SCREENED: list[tuple[str | None, dict[str, Any]]] = [
 ]
 
 
-def test_papers_are_left_out_for_the_right_reason_and_counted(papers_file: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_papers_are_left_out_for_the_right_reason_and_counted(
+    papers_file: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    excluded = [papers_file([{"id": "evaluation", **paper(800)}], "one.jsonl"), papers_file([{"id": "other", **paper(900)}], "two.jsonl")]
+    excluded = [
+        papers_file([{"id": "evaluation", **paper(800)}], "one.jsonl"),
+        papers_file([{"id": "other", **paper(900)}], "two.jsonl"),
+    ]
     source, output = papers_file([row for _, row in SCREENED]), tmp_path / "out.jsonl"
     collect(Command(output=str(output), input=str(source), exclude=tuple(map(str, excluded))))
-    assert [row["id"] for row in rows_in(output)] == [row["id"] for reason, row in SCREENED if reason is None]
+    assert [row["id"] for row in rows_in(output)] == [
+        row["id"] for reason, row in SCREENED if reason is None
+    ]
     reasons = Counter(reason for reason, _ in SCREENED if reason)
-    assert counts_in(caplog) == {"kept": len(SCREENED) - reasons.total(), "of": len(SCREENED), **reasons}
+    assert counts_in(caplog) == {
+        "kept": len(SCREENED) - reasons.total(),
+        "of": len(SCREENED),
+        **reasons,
+    }
 
 
-def test_min_words_sets_the_shortest_abstract(papers_file: Callable[..., Path], tmp_path: Path) -> None:
-    source = papers_file([{"id": str(n), "title": f"T{n}", "abstract": abstract(n, n)} for n in range(1, 12)])
+def test_min_words_sets_the_shortest_abstract(
+    papers_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = papers_file(
+        [{"id": str(n), "title": f"T{n}", "abstract": abstract(n, n)} for n in range(1, 12)]
+    )
     collect(Command(output=str(tmp_path / "out.jsonl"), input=str(source), min_words=9))
     assert [row["id"] for row in rows_in(tmp_path / "out.jsonl")] == ["9", "10", "11"]
 
@@ -301,9 +488,21 @@ def test_bibtex_as_reference_managers_write_it(tmp_path: Path) -> None:
     path = tmp_path / "library.bib"
     path.write_text(BIBTEX, encoding="utf-8")
     first, second, third = read_bibtex(path)
-    assert (first["id"], first["title"]) == ("first2020", "The DNA of Élan & café: a naïve Škoda, Homo sapiens")
-    assert " ".join(first["abstract"].split()) == ('Grew by 50% of $alpha_1$ in CO2, 3 mm. See "this" nested deeper still = a. set costs 5% or $5 @ home')
-    assert second == {"id": "second:x/1", "title": 'A "quoted" title', "abstract": "with braces, and = signs", "year": "2001"}
+    assert (first["id"], first["title"]) == (
+        "first2020",
+        "The DNA of Élan & café: a naïve Škoda, Homo sapiens",
+    )
+    assert (
+        " ".join(first["abstract"].split())
+        == 'Grew by 50% of $alpha_1$ in CO2, 3 mm. See "this" nested deeper still = a. set costs 5%'
+        " or $5 @ home"
+    )
+    assert second == {
+        "id": "second:x/1",
+        "title": 'A "quoted" title',
+        "abstract": "with braces, and = signs",
+        "year": "2001",
+    }
     assert third == {"id": "WOS:000", "title": "Upper", "abstract": "", "unique-id": "WOS:000"}
 
 
@@ -315,38 +514,57 @@ def test_bibtex_as_reference_managers_write_it(tmp_path: Path) -> None:
         (r"\emph{Escherichia} \cite{key} \textbf{\textit{x}}", "Escherichia key x"),
         (r"\& \% \$ \# \_ a\\b", "& % $ # _ a b"),
         (r"\alpha-pinene \vec{v} \url{a_b}", "alpha-pinene v a_b"),
-        ("plain, 50% of A & B_1 [x] 'quoted' \"too\"", "plain, 50% of A & B_1 [x] 'quoted' \"too\""),
+        (
+            "plain, 50% of A & B_1 [x] 'quoted' \"too\"",
+            "plain, 50% of A & B_1 [x] 'quoted' \"too\"",
+        ),
     ],
 )
 def test_latex_becomes_text(latex: str, text: str) -> None:
     assert plain_text(latex) == text
 
 
-@pytest.mark.parametrize("entry", ["a,\n title = {One {two},\n year = {1}\n}\n", "a\n title = {One}\n}\n", "a,\n title = {One"])
+@pytest.mark.parametrize(
+    "entry",
+    ["a,\n title = {One {two},\n year = {1}\n}\n", "a\n title = {One}\n}\n", "a,\n title = {One"],
+)
 def test_a_broken_bibtex_entry_is_named_by_its_line(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "broken.bib"
-    path.write_text("@misc{z, title={Zero}}\n@article{" + entry + "\n@article{b,\n title = {Three}\n}\n", encoding="utf-8")
+    path.write_text(
+        "@misc{z, title={Zero}}\n@article{" + entry + "\n@article{b,\n title = {Three}\n}\n",
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match=r"broken\.bib:2: a BibTeX entry"):
         list(read_bibtex(path))
 
 
 BALANCED = st.recursive(
-    st.text("abé ,=#@\n$", max_size=5), lambda inner: st.lists(inner, max_size=3).map(lambda parts: "{" + "x".join(parts) + "}"), max_leaves=6
+    st.text("abé ,=#@\n$", max_size=5),
+    lambda inner: st.lists(inner, max_size=3).map(lambda parts: "{" + "x".join(parts) + "}"),
+    max_leaves=6,
 )
 
 
 @settings(deadline=None, max_examples=100)
 @example(values=["{{{{{deep}}}}}", ""], quoted=False)
 @given(values=st.lists(BALANCED, min_size=1, max_size=4), quoted=st.booleans())
-def test_bibtex_values_come_back(tmp_path_factory: pytest.TempPathFactory, values: list[str], quoted: bool) -> None:
-    """Any values with paired braces, five deep at most, each between two others, in braces or quotation marks."""
+def test_bibtex_values_come_back(
+    tmp_path_factory: pytest.TempPathFactory, values: list[str], quoted: bool
+) -> None:
+    """Any values with paired braces, five deep at most, each between two others, in braces or
+    quotation marks.
+    """
     values = [value for value in values if depth(value) <= 5]
     opened, closed = '""' if quoted else "{}"
     path = tmp_path_factory.mktemp("bib") / "made.bib"
     fields = ",\n".join(f"name{i} = {opened}{value}{closed}" for i, value in enumerate(values))
     path.write_text(f"@article{{key,\nfirst = 1,\n{fields},\nlast = {{z}}\n}}\n", encoding="utf-8")
     [row] = read_bibtex(path)
-    assert row == {"id": "key", **{f"name{i}": value.replace("{", "").replace("}", "") for i, value in enumerate(values)}, "last": "z"}
+    assert row == {
+        "id": "key",
+        **{f"name{i}": value.replace("{", "").replace("}", "") for i, value in enumerate(values)},
+        "last": "z",
+    }
 
 
 def depth(text: str) -> int:
@@ -357,10 +575,15 @@ def depth(text: str) -> int:
     return most
 
 
-LEAVES = st.integers(0, 9).map(lambda n: {"title": f"{n}", "abstract": "x", "other": ["title", {"title": "alone"}]})
+LEAVES = st.integers(0, 9).map(
+    lambda n: {"title": f"{n}", "abstract": "x", "other": ["title", {"title": "alone"}]}
+)
 NESTS = st.recursive(
     st.one_of(LEAVES, st.none(), st.text(max_size=3), st.just({"title": "alone"})),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["query", "pos", "title"]), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["query", "pos", "title"]), inner, max_size=3),
+    ),
     max_leaves=12,
 )
 
@@ -374,7 +597,12 @@ def test_every_object_with_the_columns_is_found_once_and_in_order(row: Any) -> N
     assert found == [mark[-2] for mark in marks]
 
 
-def offered_until(monkeypatch: pytest.MonkeyPatch, run: Callable[[], None], place: int = 0, stop: Callable[[], None] = lambda: None) -> list[str]:
+def offered_until(
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[], None],
+    place: int = 0,
+    stop: Callable[[], None] = lambda: None,
+) -> list[str]:
     """Run, and call `stop` after the paper at `place` was offered; the ids of all papers offered."""
     offer, offered = collect_papers.Collection.offer, []
 
@@ -399,7 +627,9 @@ def kill() -> None:
 
 
 def write_streams(hub: Path, which: str) -> Command:
-    """40 papers with a duplicate and a missing abstract in between: two configs of parquet shards, lines, a CSV table, or a JSON list with a limit."""
+    """40 papers with a duplicate and a missing abstract in between: two configs of parquet shards,
+    lines, a CSV table, or a JSON list with a limit.
+    """
     rows = [{"id": f"{i}", **paper(i)} for i in range(40)]
     rows[12] |= {"abstract": None}
     rows[31] |= {"title": rows[2]["title"]}
@@ -408,14 +638,18 @@ def write_streams(hub: Path, which: str) -> Command:
         write_repository(hub / "owner/name", {("x", "train"): rows, ("y", "train"): deep})
         return Command(output="out.jsonl.gz", input="owner/name", config=("x", "y"))
     text = {"jsonl": "\n".join(map(json.dumps, rows)), "json": json.dumps(rows)}
-    text["csv"] = "\n".join(["id,title,abstract", *(",".join(str(cell or "") for cell in row.values()) for row in rows)])
+    text["csv"] = "\n".join(
+        ["id,title,abstract", *(",".join(str(cell or "") for cell in row.values()) for row in rows)]
+    )
     (hub / f"in.{which}").write_text(text[which], encoding="utf-8")
     return Command(output="out.jsonl", input=f"in.{which}", limit=33 if which == "json" else 0)
 
 
 @pytest.mark.parametrize("how", ["killed", "killed while saving", "interrupted", "terminated"])
 @pytest.mark.parametrize("which", ["parquet", "jsonl", "csv", "json"])
-def test_a_stopped_run_goes_on_to_the_same_file(hub: Path, monkeypatch: pytest.MonkeyPatch, which: str, how: str) -> None:
+def test_a_stopped_run_goes_on_to_the_same_file(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, which: str, how: str
+) -> None:
     monkeypatch.setattr(collect_papers, "CHECKPOINT_ROWS", 4)
     command = write_streams(hub, which)
     output, partial = Path(command.output), Path(f".{command.output}.partial")
@@ -428,9 +662,15 @@ def test_a_stopped_run_goes_on_to_the_same_file(hub: Path, monkeypatch: pytest.M
             with pytest.raises(Killed):
                 collect(command)
         else:
-            assert files.run_command(lambda: collect(command)) == {"interrupted": 130, "terminated": 143}[how]
+            assert (
+                files.run_command(lambda: collect(command))
+                == {"interrupted": 130, "terminated": 143}[how]
+            )
 
-    ends = {"interrupted": lambda: os.kill(os.getpid(), signal.SIGINT), "terminated": lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    ends = {
+        "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "terminated": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    }
     first = offered_until(monkeypatch, stopped, 22, ends.get(how, kill))
     assert not output.exists()
     if how == "killed while saving":
@@ -444,13 +684,18 @@ def test_a_stopped_run_goes_on_to_the_same_file(hub: Path, monkeypatch: pytest.M
     assert not partial.exists()
 
 
-def test_an_unfinished_run_is_not_mixed_with_another(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_not_mixed_with_another(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(collect_papers, "CHECKPOINT_ROWS", 4)
     command = write_streams(hub, "jsonl")
     with pytest.raises(Killed):
         offered_until(monkeypatch, lambda: collect(command), 20, kill)
     other = Command(output=command.output, input=command.input, min_words=3, exclude=("in.jsonl",))
-    with pytest.raises(UserError, match=r"unfinished run had another exclude, min_words; .*delete \.out\.jsonl\.state\.json"):
+    with pytest.raises(
+        UserError,
+        match=r"unfinished run had another exclude, min_words; .*delete \.out\.jsonl\.state\.json",
+    ):
         collect(other)
     Path(".out.jsonl.state.json").unlink()
     other = Command(output=command.output, input=command.input, limit=3)
@@ -480,11 +725,16 @@ class Broken:
         self.place = state["place"]
 
 
-def test_a_lost_connection_ends_the_run_and_the_next_goes_on(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_connection_ends_the_run_and_the_next_goes_on(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(collect_papers, "CHECKPOINT_ROWS", 4)
     monkeypatch.setattr(collect_papers, "open_streams", lambda command: {"far": Broken()})
     command = Command(output="out.jsonl", input="far/away")
-    with pytest.raises(RunError, match=r"^far: reading stopped \(ConnectionError: no route to host\); .*same command again"):
+    with pytest.raises(
+        RunError,
+        match=r"^far: reading stopped \(ConnectionError: no route to host\); .*same command again",
+    ):
         collect(command)
     monkeypatch.setattr(Broken, "lost", False)
     assert offered_until(monkeypatch, lambda: collect(command)) == [str(i) for i in range(8, 20)]
@@ -492,7 +742,9 @@ def test_a_lost_connection_ends_the_run_and_the_next_goes_on(hub: Path, monkeypa
 
 
 def test_a_wrong_column_is_told_early(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not after the whole of a data set of the Hub was read; rows that are all dropped, or that only begin so, go on."""
+    """Not after the whole of a data set of the Hub was read; rows that are all dropped, or that
+    only begin so, go on.
+    """
     read = []
 
     def rows(others: int, key: str) -> Iterator[dict[str, Any]]:
@@ -506,18 +758,27 @@ def test_a_wrong_column_is_told_early(hub: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"columns: title, text\); check --title, --abstract"):
         collect(Command(output="out.jsonl", input="far/away"))
     assert len(read) == 50
-    monkeypatch.setattr(collect_papers, "open_streams", lambda command: {"far": datasets.IterableDataset.from_generator(lambda: rows(1, "text"))})
+    monkeypatch.setattr(
+        collect_papers,
+        "open_streams",
+        lambda command: {"far": datasets.IterableDataset.from_generator(lambda: rows(1, "text"))},
+    )
     collect(Command(output="out.jsonl", input="far/away"))
     assert len(rows_in("out.jsonl")) == 1
 
 
-def test_a_gzipped_output_depends_on_its_papers_alone(papers_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_gzipped_output_depends_on_its_papers_alone(
+    papers_file: Callable[..., Path], tmp_path: Path
+) -> None:
     source = papers_file([{"id": str(i), **paper(i)} for i in range(5)])
     for name in ("one.jsonl.gz", "two.jsonl.gz", "plain.jsonl"):
         collect(Command(output=str(tmp_path / name), input=str(source)))
     assert (tmp_path / "one.jsonl.gz").read_bytes() == (tmp_path / "two.jsonl.gz").read_bytes()
     assert (tmp_path / "one.jsonl.gz").read_bytes()[3:8] == bytes(5)  # no name, no time
-    assert gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes()) == (tmp_path / "plain.jsonl").read_bytes()
+    assert (
+        gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes())
+        == (tmp_path / "plain.jsonl").read_bytes()
+    )
 
 
 def bad_inputs(hub: Path) -> dict[str, tuple[list[str], str]]:
@@ -536,14 +797,32 @@ def bad_inputs(hub: Path) -> dict[str, tuple[list[str], str]]:
     out = ["--output", "out.jsonl"]
     return {
         "no output": (["--input", "good.jsonl"], "--output names no file"),
-        "output is a folder": (["--output", "owner", "--input", "good.jsonl"], "--output names no file"),
+        "output is a folder": (
+            ["--output", "owner", "--input", "good.jsonl"],
+            "--output names no file",
+        ),
         "no input": (out, "either --source or --input"),
-        "two inputs": ([*out, "--source", "scidocs", "--input", "good.jsonl"], "either --source or --input"),
+        "two inputs": (
+            [*out, "--source", "scidocs", "--input", "good.jsonl"],
+            "either --source or --input",
+        ),
         "no such file": ([*out, "--input", "none.csv"], "none.csv: no such file"),
-        "unknown kind": ([*out, "--input", "notes.docx"], "notes.docx: no such file, or not of a kind"),
-        "no such exclude": ([*out, "--input", "good.jsonl", "--exclude", "none.jsonl"], "none.jsonl: no such file"),
-        "no such column": ([*out, "--input", "good.jsonl", "--abstract", "text"], "kept 0 of 0 papers; left out: none (columns: id, title, abstract)"),
-        "nothing left": ([*out, "--input", "good.jsonl", "--min-words", "51"], "left out: 1 short abstract"),
+        "unknown kind": (
+            [*out, "--input", "notes.docx"],
+            "notes.docx: no such file, or not of a kind",
+        ),
+        "no such exclude": (
+            [*out, "--input", "good.jsonl", "--exclude", "none.jsonl"],
+            "none.jsonl: no such file",
+        ),
+        "no such column": (
+            [*out, "--input", "good.jsonl", "--abstract", "text"],
+            "kept 0 of 0 papers; left out: none (columns: id, title, abstract)",
+        ),
+        "nothing left": (
+            [*out, "--input", "good.jsonl", "--min-words", "51"],
+            "left out: 1 short abstract",
+        ),
         "no rows": ([*out, "--input", "empty.csv"], "kept 0 of 0"),
         "bad line": ([*out, "--input", "bad.jsonl"], "bad.jsonl:2: is not a JSON object"),
         "not an object": ([*out, "--input", "list.jsonl"], "list.jsonl:2: is not a JSON object"),
@@ -551,14 +830,25 @@ def bad_inputs(hub: Path) -> dict[str, tuple[list[str], str]]:
         "no parquet": ([*out, "--input", "bad.parquet"], "bad.parquet: "),
         "no JSON": ([*out, "--input", "bad.json"], "bad.json: "),
         "torn gzip": ([*out, "--input", "torn.jsonl.gz"], "torn.jsonl.gz: "),
-        "no such config": ([*out, "--input", "owner/name", "--config", "y"], "data set owner/name y train cannot be opened"),
-        "no such split": ([*out, "--input", "owner/name", "--split", "dev"], "data set owner/name dev cannot be opened"),
-        "not to be had": ([*out, "--input", "nobody/nothing"], "data set nobody/nothing train cannot be opened"),
+        "no such config": (
+            [*out, "--input", "owner/name", "--config", "y"],
+            "data set owner/name y train cannot be opened",
+        ),
+        "no such split": (
+            [*out, "--input", "owner/name", "--split", "dev"],
+            "data set owner/name dev cannot be opened",
+        ),
+        "not to be had": (
+            [*out, "--input", "nobody/nothing"],
+            "data set nobody/nothing train cannot be opened",
+        ),
         "unknown flag": ([*out, "--inptu", "good.jsonl"], "inptu"),
     }
 
 
-def test_bad_usage_and_input_end_in_one_line_and_write_nothing(hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_and_input_end_in_one_line_and_write_nothing(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(files, "log_to_stderr", lambda: None)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     cases = bad_inputs(hub)
@@ -566,27 +856,41 @@ def test_bad_usage_and_input_end_in_one_line_and_write_nothing(hub: Path, monkey
     for name, (flags, said) in cases.items():
         monkeypatch.setattr(sys, "argv", ["collect_papers.py", *flags])
         assert files.run_command(collect_papers.main) == 2, name
-        lines = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith("collecting")]  # but for the bar
+        # but for the bar
+        lines = [
+            line
+            for line in capfd.readouterr().err.splitlines()
+            if line and not line.startswith("collecting")
+        ]
         assert len(lines) == 1, (name, lines)
         assert lines[0].startswith("error: "), (name, lines)
         assert said in lines[0], (name, lines)
         assert "; " in lines[0]
-        assert [path.name for path in hub.iterdir() if "out" in path.name] in ([], [".out.jsonl.lock"]), name
+        assert [path.name for path in hub.iterdir() if "out" in path.name] in (
+            [],
+            [".out.jsonl.lock"],
+        ), name
 
 
 def test_the_script_says_its_own_line_alone(hub: Path) -> None:
     (hub / "bad.parquet").write_bytes(b"PAR1 no parquet at all")
-    done = run_script(ROOT / "collect_papers.py", "--output", "out.jsonl", "--input", "bad.parquet", cwd=hub)
+    done = run_script(
+        ROOT / "collect_papers.py", "--output", "out.jsonl", "--input", "bad.parquet", cwd=hub
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: bad.parquet: cannot be read (ArrowInvalid: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
-def test_two_runs_do_not_write_one_file(hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_do_not_write_one_file(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(files, "log_to_stderr", lambda: None)
     bad_inputs(hub)
-    monkeypatch.setattr(sys, "argv", ["collect_papers.py", "--output", "out.jsonl", "--input", "good.jsonl"])
+    monkeypatch.setattr(
+        sys, "argv", ["collect_papers.py", "--output", "out.jsonl", "--input", "good.jsonl"]
+    )
     with files.lock(hub / ".out.jsonl.lock"):
         assert files.run_command(collect_papers.main) == 2
     assert "in use by another run" in capfd.readouterr().err
@@ -595,7 +899,10 @@ def test_two_runs_do_not_write_one_file(hub: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_help_comes_without_the_heavy_libraries() -> None:
-    code = "import sys, files, collect_papers as c\ntry: c.main()\nfinally: print({'datasets', 'torch', 'pyarrow', 'pandas'} & set(sys.modules))"
+    code = (
+        "import sys, files, collect_papers as c\ntry: c.main()\nfinally: print({'datasets',"
+        " 'torch', 'pyarrow', 'pandas'} & set(sys.modules))"
+    )
     done = run_script("-c", code, "--help")
     assert done.returncode == 0, done.stderr
     assert "--exclude" in done.stdout

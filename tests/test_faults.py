@@ -1,4 +1,6 @@
-"""A short form of the torture harness: each fault of killing.py once, on real processes, and folders that cannot be written to."""
+"""A short form of the torture harness: each fault of killing.py once, on real processes, and
+folders that cannot be written to.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import killing
 import pytest
 from conftest import ROOT
 
-CAP_DAC_OVERRIDE, CAPBSET_DROP = 1, 24  # numbers of the kernel: root's right to write where the permissions forbid it, and how a process gives up a right
+# numbers of the kernel: root's right to write where the permissions forbid it, and how a process
+# gives up a right
+CAP_DAC_OVERRIDE, CAPBSET_DROP = 1, 24
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,9 @@ def test_a_fault_loses_nothing(folder: Path, name: str, seed: int) -> None:
     assert "resumed from step" in outcome["detail"]
 
 
-def test_where_nothing_can_be_mounted_a_limit_stands_for_the_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_mounted_a_limit_stands_for_the_full_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(killing, "can_mount", lambda: False)
     outcome = killing.disk_full(folder, 1)
     assert outcome["recovered"], outcome
@@ -36,12 +42,18 @@ def test_where_nothing_can_be_mounted_a_limit_stands_for_the_full_disk(folder: P
 
 
 def test_the_harness_sees_what_is_lost(folder: Path) -> None:
-    """Its comparison is worth something: other weights, rows or scores, and an unfinished run, are told apart."""
+    """Its comparison is worth something: other weights, rows or scores, and an unfinished run, are
+    told apart.
+    """
     expected = killing.reference(killing.world_of(folder))
     other = folder / "other"
     subprocess.run(["cp", "-r", expected, other], check=True)
     assert killing.difference(other, expected) == ""
-    for path, what in (("metrics.jsonl", "other metrics.jsonl"), ("benchmark.json", "other benchmark.json"), ("model/model.safetensors", "other weights")):
+    for path, what in (
+        ("metrics.jsonl", "other metrics.jsonl"),
+        ("benchmark.json", "other benchmark.json"),
+        ("model/model.safetensors", "other weights"),
+    ):
         content = (other / path).read_bytes()
         (other / path).write_bytes(content.replace(b"7", b"8"))
         assert killing.difference(other, expected) == what
@@ -63,7 +75,15 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(folder: Path) -> None:
     (world / "locked").chmod(0o555)
     command = [sys.executable, str(ROOT / "main.py"), *killing.WORDS, "--output-dir", "locked/run"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, preexec_fn=give_up_override, check=False)
+    done = subprocess.run(
+        command,
+        cwd=world,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=give_up_override,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

@@ -1,4 +1,6 @@
-"""files.py: what is on disk after every kill, who holds a lock, and how each failure becomes one line and an exit code."""
+"""files.py: what is on disk after every kill, who holds a lock, and how each failure becomes one
+line and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import files
-from files import Journal, RunError, RunFolder, StopSignal, Terminated, UserError, atomic_path, lock, replace_folder, restore_folder, run_command
+from files import (
+    Journal,
+    RunError,
+    RunFolder,
+    StopSignal,
+    Terminated,
+    UserError,
+    atomic_path,
+    lock,
+    replace_folder,
+    restore_folder,
+    run_command,
+)
 from settings import Settings
 
 _at_file_event: Callable[[], None] | None = None
@@ -40,9 +54,11 @@ sys.addaudithook(_audit)
 
 
 def states_of(folder: Path, act: Callable[[], object], copies: Path) -> list[Path]:
-    """What a kill -9 before each file operation of `act` leaves of `folder`, and what the whole `act` leaves: copies of `folder` under its own name.
+    """What a kill -9 before each file operation of `act` leaves of `folder`, and what the whole
+    `act` leaves: copies of `folder` under its own name.
 
-    A kill loses nothing that was given to the kernel, so the disk at that moment is the state after it.
+    A kill loses nothing that was given to the kernel, so the disk at that moment is the state after
+    it.
     """
     global _at_file_event
     states: list[Path] = []
@@ -67,14 +83,25 @@ def states_of(folder: Path, act: Callable[[], object], copies: Path) -> list[Pat
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative name -> text of every file of a folder."""
-    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @contextlib.contextmanager
 def started(code: str, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
     """A Python process that runs `code` in the repository; killed at the end."""
     command = [sys.executable, "-u", "-c", code, *map(str, words)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         try:
             yield process
         finally:
@@ -105,7 +132,9 @@ def put_folder(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("put", [put_file, put_folder])
 @pytest.mark.parametrize("has_old", [False, True])
-def test_atomic_path_shows_the_new_content_only_when_the_block_ends(tmp_path: Path, put: Callable[[Path, str], None], has_old: bool) -> None:
+def test_atomic_path_shows_the_new_content_only_when_the_block_ends(
+    tmp_path: Path, put: Callable[[Path, str], None], has_old: bool
+) -> None:
     path = tmp_path / "made" / "too" / "target"
     if has_old:
         path.parent.mkdir(parents=True)
@@ -115,9 +144,15 @@ def test_atomic_path_shows_the_new_content_only_when_the_block_ends(tmp_path: Pa
         assert partial.parent == path.parent
         put(partial, "new")
         assert path.exists() == has_old
-        assert {name: text for name, text in tree(tmp_path).items() if ".partial" not in name} == before
+        assert {
+            name: text for name, text in tree(tmp_path).items() if ".partial" not in name
+        } == before
     put(tmp_path / "expected", "new")
-    assert (path.read_text() == "new") if path.is_file() else (tree(path) == tree(tmp_path / "expected"))
+    assert (
+        (path.read_text() == "new")
+        if path.is_file()
+        else (tree(path) == tree(tmp_path / "expected"))
+    )
     assert os.listdir(path.parent) == ["target"]
 
 
@@ -144,7 +179,9 @@ def test_atomic_path_leaves_the_old_content_and_no_partial_after_an_exception(
 
 
 def test_what_a_killed_process_left_does_not_get_into_a_new_folder(tmp_path: Path) -> None:
-    """In a container every run may have the same process number, hence the same partial name. Guards against: the leftover is written into, not replaced."""
+    """In a container every run may have the same process number, hence the same partial name.
+    Guards against: the leftover is written into, not replaced.
+    """
     with contextlib.suppress(Stop), atomic_path(tmp_path / "model") as leftover:
         raise Stop
     put_folder(leftover, "left")
@@ -159,21 +196,30 @@ def test_write_text_is_whole_at_every_kill(tmp_path: Path) -> None:
     folder.mkdir()
     old, new = "old äöü\n" * 20_000, "new ∑\n" * 20_000
     put_file(folder / "file", old)
-    found = [(state / "file").read_text(encoding="utf-8") for state in states_of(folder, lambda: files.write_text(folder / "file", new), tmp_path / "states")]
+    found = [
+        (state / "file").read_text(encoding="utf-8")
+        for state in states_of(
+            folder, lambda: files.write_text(folder / "file", new), tmp_path / "states"
+        )
+    ]
     assert set(found) == {old, new}
     assert (found[0], found[-1]) == (old, new)
 
 
 @pytest.mark.parametrize("has_old", [False, True])
 def test_a_replaced_folder_is_whole_at_every_kill(tmp_path: Path, has_old: bool) -> None:
-    """After `restore_folder` the old folder or the new one stands there; a second replacement then works as ever."""
+    """After `restore_folder` the old folder or the new one stands there; a second replacement then
+    works as ever.
+    """
     folder = tmp_path / "folder"
     folder.mkdir()
     if has_old:
         put_folder(folder / "runs", "old")
     put_folder(folder / "new", "new")
     old, new = tree(folder / "runs"), tree(folder / "new")
-    states = states_of(folder, lambda: replace_folder(folder / "new", folder / "runs"), tmp_path / "states")
+    states = states_of(
+        folder, lambda: replace_folder(folder / "new", folder / "runs"), tmp_path / "states"
+    )
     found = []
     for state in states:
         restore_folder(state / "runs")
@@ -198,7 +244,9 @@ def test_restore_folder_leaves_a_folder_in_its_place_alone(tmp_path: Path) -> No
 
 
 def test_a_real_kill_in_the_middle_of_a_write_leaves_a_whole_file(tmp_path: Path) -> None:
-    """First a process that stops half-way, then one that writes without end and is killed at a random moment."""
+    """First a process that stops half-way, then one that writes without end and is killed at a
+    random moment.
+    """
     path = tmp_path / "file"
     put_file(path, "old")
     half_way = """
@@ -240,7 +288,8 @@ def test_json_files_are_read_back_and_hold_no_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"{", b"\xff\xfe{}", pytest.param(b"[" * 100_000, id="nested too deep")],  # the last: RecursionError must not pass
+    # the last: RecursionError must not pass
+    [None, b"", b"{", b"\xff\xfe{}", pytest.param(b"[" * 100_000, id="nested too deep")],
 )
 def test_read_json_names_a_file_it_cannot_read(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "value.json"
@@ -256,10 +305,23 @@ def test_read_json_names_a_file_it_cannot_read(tmp_path: Path, content: bytes | 
 # Journals
 
 
-@given(st.lists(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])), max_size=2), max_size=4))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"])),
+            st.text(st.characters(exclude_categories=["Cs"])),
+            max_size=2,
+        ),
+        max_size=4,
+    )
+)
 @settings(deadline=None, max_examples=100)
-def test_a_journal_gives_back_every_row_also_after_opening_it_again(scratch: Path, rows: list[dict[str, str]]) -> None:
-    """Whatever the texts hold. Guards against: rows with U+0085, U+2028 or U+2029, which str.splitlines takes for line ends, are lost."""
+def test_a_journal_gives_back_every_row_also_after_opening_it_again(
+    scratch: Path, rows: list[dict[str, str]]
+) -> None:
+    """Whatever the texts hold. Guards against: rows with U+0085, U+2028 or U+2029, which
+    str.splitlines takes for line ends, are lost.
+    """
     scratch.unlink(missing_ok=True)
     for row in rows:
         with contextlib.closing(Journal(scratch)) as journal:
@@ -275,7 +337,17 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "torn",
-    [b'{"step": 3', b'{"step": 3}', b'{"step": 3\n', b'{"text": "\xc3', b"\x00\x00\x00", b"\x00\x00\n", b"3\n", b"null\n", b"\n"],
+    [
+        b'{"step": 3',
+        b'{"step": 3}',
+        b'{"step": 3\n',
+        b'{"text": "\xc3',
+        b"\x00\x00\x00",
+        b"\x00\x00\n",
+        b"3\n",
+        b"null\n",
+        b"\n",
+    ],
 )
 def test_a_journal_drops_a_torn_last_line_and_goes_on(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "folder" / "metrics.jsonl"
@@ -291,7 +363,9 @@ def test_a_journal_drops_a_torn_last_line_and_goes_on(tmp_path: Path, torn: byte
     assert path.read_bytes() == whole + b'{"step": 3}\n'
 
 
-def test_a_journal_keeps_the_wanted_rows_in_their_order_and_is_whole_at_every_kill(tmp_path: Path) -> None:
+def test_a_journal_keeps_the_wanted_rows_in_their_order_and_is_whole_at_every_kill(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     with contextlib.closing(Journal(path)) as journal:
         for step in (1, 2, 2, 3, 4):
@@ -310,7 +384,9 @@ def test_a_journal_keeps_the_wanted_rows_in_their_order_and_is_whole_at_every_ki
     assert found[-1] == [*kept, {"step": 3, "again": True}]
 
 
-def test_a_row_is_there_for_other_readers_at_once_and_a_refused_row_leaves_nothing(tmp_path: Path) -> None:
+def test_a_row_is_there_for_other_readers_at_once_and_a_refused_row_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(Journal(path)) as journal:
         for step in range(3):
@@ -356,7 +432,11 @@ def test_a_second_process_is_refused_until_the_first_ends_however_it_ends(tmp_pa
         assert first_line(holder) == "held"
         second = run_script("-c", HOLD, path)
         assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr == f"error: {path.parent / 'quickstart'} is in use by another run; wait for it or choose another output\n"
+        assert (
+            second.stderr
+            == f"error: {path.parent / 'quickstart'} is in use by another run; wait for it or"
+            " choose another output\n"
+        )
         with pytest.raises(UserError, match="in use by another run"), lock(path):
             pass
         with lock(path.with_name(".other.lock")):
@@ -405,24 +485,48 @@ def fill_the_disk() -> None:
     "command, code, line",
     [
         (lambda: None, 0, None),
-        (raiser(UserError("papers.jsonl:3: is not JSON", "write one")), 2, "papers.jsonl:3: is not JSON; write one"),
-        (raiser(UserError("file \n with\r\nbreaks: x\n", "mend\n\nit")), 2, "file with breaks: x ; mend it"),
-        (raiser(RunError("step 7: loss nan", "lower --learning-rate")), 1, "step 7: loss nan; lower --learning-rate"),
+        (
+            raiser(UserError("papers.jsonl:3: is not JSON", "write one")),
+            2,
+            "papers.jsonl:3: is not JSON; write one",
+        ),
+        (
+            raiser(UserError("file \n with\r\nbreaks: x\n", "mend\n\nit")),
+            2,
+            "file with breaks: x ; mend it",
+        ),
+        (
+            raiser(RunError("step 7: loss nan", "lower --learning-rate")),
+            1,
+            "step 7: loss nan; lower --learning-rate",
+        ),
         (fill_the_disk, 1, "No space left on device; free some disk space and run again"),
-        (raiser(PermissionError(errno.EACCES, "Permission denied", "runs/x")), 1, "Permission denied (runs/x); check the permissions"),
-        (raiser(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")), 1, "Connection refused; mend that and run again"),
+        (
+            raiser(PermissionError(errno.EACCES, "Permission denied", "runs/x")),
+            1,
+            "Permission denied (runs/x); check the permissions",
+        ),
+        (
+            raiser(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")),
+            1,
+            "Connection refused; mend that and run again",
+        ),
         (raiser(KeyboardInterrupt()), 130, "interrupted; what was done is kept"),
         (raiser(Terminated()), 143, "terminated; what was done is kept"),
     ],
 )
-def test_each_failure_is_one_line_and_its_exit_code(capsys: pytest.CaptureFixture[str], command: Callable[[], None], code: int, line: str | None) -> None:
+def test_each_failure_is_one_line_and_its_exit_code(
+    capsys: pytest.CaptureFixture[str], command: Callable[[], None], code: int, line: str | None
+) -> None:
     assert run_command(command) == code
     written = capsys.readouterr()
     assert written.err == ("" if line is None else f"error: {line}\n")
     assert written.out == ""
 
 
-def test_what_is_said_cannot_garble_a_terminal_or_tell_a_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_what_is_said_cannot_garble_a_terminal_or_tell_a_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " sk-planted-01 \n")
     monkeypatch.setenv("HF_TOKEN", "short")
     nasty = "\x1b[2J\u202eab\u2028\udcff sk-planted-01 short \u6771\u00e9"
@@ -438,14 +542,20 @@ def test_what_is_said_cannot_garble_a_terminal_or_tell_a_secret(monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("signals_kept")
-@pytest.mark.parametrize("fault", [TypeError("ours"), ValueError("ours"), OSError("ours, without a number")])
+@pytest.mark.parametrize(
+    "fault", [TypeError("ours"), ValueError("ours"), OSError("ours, without a number")]
+)
 def test_our_own_faults_keep_their_traceback(fault: Exception) -> None:
     with pytest.raises(type(fault), match="ours"):
         run_command(raiser(fault))
 
 
-@pytest.mark.parametrize("number, code, line", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
-def test_a_signal_runs_the_clean_up_and_ends_with_its_exit_code(tmp_path: Path, number: signal.Signals, code: int, line: str) -> None:
+@pytest.mark.parametrize(
+    "number, code, line", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_runs_the_clean_up_and_ends_with_its_exit_code(
+    tmp_path: Path, number: signal.Signals, code: int, line: str
+) -> None:
     work = """
 import sys, files, pathlib, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as this suite may be, inherits that it is ignored
@@ -458,25 +568,53 @@ sys.exit(files.run_command(work))
         assert first_line(process) == "ready"
         process.send_signal(number)
         out, errors = process.communicate(timeout=20)
-    assert (process.returncode, out, errors) == (code, "", f"error: {line}; what was done is kept\n")
+    assert (process.returncode, out, errors) == (
+        code,
+        "",
+        f"error: {line}; what was done is kept\n",
+    )
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", [1, 1_000_000])
 @pytest.mark.parametrize("target, code", [("/dev/full", 1), ("| true", 1)])
-def test_an_output_that_cannot_be_written_is_no_python_error(size: int, target: str, code: int) -> None:
-    """A full disk or a reader that went away, also if it shows only when the buffer is emptied at the end.
+def test_an_output_that_cannot_be_written_is_no_python_error(
+    size: int, target: str, code: int
+) -> None:
+    """A full disk or a reader that went away, also if it shows only when the buffer is emptied at
+    the end.
 
-    Guards against: what still stands in stdout's buffer when `run_command` returns fails at exit, with code 120 and "Exception ignored in".
+    Guards against: what still stands in stdout's buffer when `run_command` returns fails at exit,
+    with code 120 and "Exception ignored in".
     """
-    work = f"import sys, time, files; time.sleep(0.3); sys.exit(files.run_command(lambda: print('x' * {size})))"
+    work = (
+        "import sys, time, files; time.sleep(0.3); sys.exit(files.run_command(lambda: print('x' *"
+        f" {size})))"
+    )
     redirection = f"> {target}" if target.startswith("/") else target
-    shell = ["bash", "-c", f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}', sys.executable, work]
-    done = subprocess.run(shell, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""}, capture_output=True, text=True, check=False)
+    shell = [
+        "bash",
+        "-c",
+        f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}',
+        sys.executable,
+        work,
+    ]
+    done = subprocess.run(
+        shell,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "Exception" not in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == code
-    assert done.stderr == ("error: No space left on device; free some disk space and run again\n" if target == "/dev/full" else "")
+    assert done.stderr == (
+        "error: No space left on device; free some disk space and run again\n"
+        if target == "/dev/full"
+        else ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -487,16 +625,36 @@ def test_an_output_that_cannot_be_written_is_no_python_error(size: int, target: 
         (["stray"], "Unrecognized options: stray"),
         (["--resume", "yes"], "Unrecognized options: yes"),
         (["--no-resume"], "Unrecognized options: --no-resume"),
-        (["--metric", "manhattan"], "invalid choice 'manhattan' for argument '--metric'. Expected one of ('euclidean', 'cosine')"),
-        (["--max-steps", "many"], "Error parsing --max-steps: invalid literal for int() with base 10: 'many'"),
-        (["--max-steps", "1.5"], "Error parsing --max-steps: invalid literal for int() with base 10: '1.5'"),
-        (["--learning-rate", "small"], "Error parsing --learning-rate: could not convert string to float: 'small'"),
+        (
+            ["--metric", "manhattan"],
+            (
+                "invalid choice 'manhattan' for argument '--metric'. Expected one of ('euclidean',"
+                " 'cosine')"
+            ),
+        ),
+        (
+            ["--max-steps", "many"],
+            "Error parsing --max-steps: invalid literal for int() with base 10: 'many'",
+        ),
+        (
+            ["--max-steps", "1.5"],
+            "Error parsing --max-steps: invalid literal for int() with base 10: '1.5'",
+        ),
+        (
+            ["--learning-rate", "small"],
+            "Error parsing --learning-rate: could not convert string to float: 'small'",
+        ),
         (["--max-steps"], "Missing value for argument '--max-steps'. Expected 1 values"),
-        (["--encoder", "--metric", "cosine"], "Missing value for argument '--encoder'. Expected 1 values"),
+        (
+            ["--encoder", "--metric", "cosine"],
+            "Missing value for argument '--encoder'. Expected 1 values",
+        ),
     ],
 )
 @pytest.mark.parametrize("columns", ["40", "200"])
-def test_a_bad_command_line_is_one_line_whatever_the_terminal(monkeypatch: pytest.MonkeyPatch, words: list[str], said: str, columns: str) -> None:
+def test_a_bad_command_line_is_one_line_whatever_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str, columns: str
+) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "argv", ["folder/main.py"])
     with pytest.raises(UserError) as caught:
@@ -505,12 +663,23 @@ def test_a_bad_command_line_is_one_line_whatever_the_terminal(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "words", [["--nonsense"], ["--metric", "manhattan"], ["--batch-size", "1"], ["--output-dir", "a file"], ["--train-file", "missing.jsonl"]]
+    "words",
+    [
+        ["--nonsense"],
+        ["--metric", "manhattan"],
+        ["--batch-size", "1"],
+        ["--output-dir", "a file"],
+        ["--train-file", "missing.jsonl"],
+    ],
 )
-def test_bad_usage_of_the_script_exits_2_with_one_line_and_writes_nothing(tmp_path: Path, words: list[str]) -> None:
+def test_bad_usage_of_the_script_exits_2_with_one_line_and_writes_nothing(
+    tmp_path: Path, words: list[str]
+) -> None:
     """The last two guard against a lock file left where nothing shall be written."""
     put_file(tmp_path / "a file", "mine")
-    done = run_script(ROOT / "main.py", "--eval-file", ROOT / "data/sample_test.jsonl", *words, cwd=tmp_path)
+    done = run_script(
+        ROOT / "main.py", "--eval-file", ROOT / "data/sample_test.jsonl", *words, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+; [^\n]+\n", done.stderr)
     assert tree(tmp_path) == {"a file": "mine"}
@@ -521,7 +690,14 @@ def test_the_working_folder_is_refused_as_an_output_folder(tmp_path: Path) -> No
     put_file(tmp_path / "thesis.tex", "mine")
     data = ROOT / "data"
     done = run_script(
-        ROOT / "main.py", "--output-dir", ".", "--train-file", data / "sample_train.jsonl", "--eval-file", data / "sample_test.jsonl", cwd=tmp_path
+        ROOT / "main.py",
+        "--output-dir",
+        ".",
+        "--train-file",
+        data / "sample_train.jsonl",
+        "--eval-file",
+        data / "sample_test.jsonl",
+        cwd=tmp_path,
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: --output-dir [^\n]+; [^\n]+", done.stderr.splitlines()[-1])
@@ -530,7 +706,13 @@ def test_the_working_folder_is_refused_as_an_output_folder(tmp_path: Path) -> No
 
 # Run folders
 
-SETTINGS: dict[str, Any] = {"metric": "euclidean", "margin": 1.0, "seed": 0, "log_every": 5, "encoder": "tiny"}
+SETTINGS: dict[str, Any] = {
+    "metric": "euclidean",
+    "margin": 1.0,
+    "seed": 0,
+    "log_every": 5,
+    "encoder": "tiny",
+}
 FREE = frozenset({"log_every"})
 
 
@@ -584,11 +766,17 @@ def test_an_unfinished_run_is_refused_without_resume_and_continued_with_it(tmp_p
     "changes, named, not_named",
     [
         ({"seed": 1}, ["seed was 0, is 1"], ["metric", "margin"]),
-        ({"metric": "cosine", "margin": 0.2, "log_every": 1}, ["metric was 'euclidean', is 'cosine'", "margin was 1.0, is 0.2"], ["log_every", "seed"]),
+        (
+            {"metric": "cosine", "margin": 0.2, "log_every": 1},
+            ["metric was 'euclidean', is 'cosine'", "margin was 1.0, is 0.2"],
+            ["log_every", "seed"],
+        ),
         ({"new_setting": 3}, ["new_setting was None, is 3"], ["seed"]),
     ],
 )
-def test_resume_refuses_changed_settings_by_name(tmp_path: Path, changes: dict[str, Any], named: list[str], not_named: list[str]) -> None:
+def test_resume_refuses_changed_settings_by_name(
+    tmp_path: Path, changes: dict[str, Any], named: list[str], not_named: list[str]
+) -> None:
     output = tmp_path / "one"
     begin(output)
     before = tree(output)
@@ -600,12 +788,18 @@ def test_resume_refuses_changed_settings_by_name(tmp_path: Path, changes: dict[s
 
 
 def test_resume_refuses_changed_inputs_and_a_record_of_another_kind(tmp_path: Path) -> None:
-    """What was read, and by how many processes, is named like a setting; a settings.json that is no run's is an error, not a traceback."""
+    """What was read, and by how many processes, is named like a setting; a settings.json that is no
+    run's is an error, not a traceback.
+    """
     folder, inputs = RunFolder(tmp_path / "one"), {"train_file (SHA-256)": "ab", "processes": 2}
     folder.begin(SETTINGS, {"inputs": inputs}, False, FREE)
     folder.begin(SETTINGS, {"inputs": inputs, "device": "cuda"}, True, FREE)
-    with pytest.raises(UserError, match=r"\(train_file \(SHA-256\) was 'ab', is 'cd'; processes was 2, is 1\)"):
-        folder.begin(SETTINGS, {"inputs": {"train_file (SHA-256)": "cd", "processes": 1}}, True, FREE)
+    with pytest.raises(
+        UserError, match=r"\(train_file \(SHA-256\) was 'ab', is 'cd'; processes was 2, is 1\)"
+    ):
+        folder.begin(
+            SETTINGS, {"inputs": {"train_file (SHA-256)": "cd", "processes": 1}}, True, FREE
+        )
     for content in ("[]", "7", '{"settings": []}', "{}", '{"inputs": null}'):
         (tmp_path / "one/settings.json").write_text(content)
         with pytest.raises(UserError):
@@ -613,7 +807,9 @@ def test_resume_refuses_changed_inputs_and_a_record_of_another_kind(tmp_path: Pa
 
 
 def test_resume_removes_what_killed_processes_were_writing(tmp_path: Path) -> None:
-    """A checkpoint half written by a killed process would stay for ever, and gigabytes of them fill a disk."""
+    """A checkpoint half written by a killed process would stay for ever, and gigabytes of them fill
+    a disk.
+    """
     output = tmp_path / "one"
     begin(output)
     (output / "checkpoints").mkdir()
@@ -652,7 +848,9 @@ def test_a_finished_run_is_replaced_only_when_the_next_one_finishes(tmp_path: Pa
 
 
 def test_the_refusal_names_the_folder_to_delete(tmp_path: Path) -> None:
-    """Guards against: over a finished run it names that run's folder, which is not the one to delete, and deleting it loses results and helps nothing."""
+    """Guards against: over a finished run it names that run's folder, which is not the one to
+    delete, and deleting it loses results and helps nothing.
+    """
     output = tmp_path / "one"
     finished_run(output, "first")
     second = begin(output)
@@ -667,17 +865,25 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, con
     output.mkdir()
     assert RunFolder(output).path == output
     put_file(output / content, "mine")
-    with pytest.raises(UserError, match=r"papers: holds files that are not a run's; name another folder"):
+    with pytest.raises(
+        UserError, match=r"papers: holds files that are not a run's; name another folder"
+    ):
         RunFolder(output)
     with pytest.raises(UserError, match=rf"{content}: is a file; name a folder"):
         RunFolder(output / content)
     assert tree(tmp_path) == {f"papers/{content}": "mine"}
 
 
-def test_a_run_killed_while_it_begins_never_looks_finished_and_can_be_started_again(tmp_path: Path) -> None:
-    """Guards against: settings.json is written before UNFINISHED, and a folder that holds the one without the other counts as a finished run."""
+def test_a_run_killed_while_it_begins_never_looks_finished_and_can_be_started_again(
+    tmp_path: Path,
+) -> None:
+    """Guards against: settings.json is written before UNFINISHED, and a folder that holds the one
+    without the other counts as a finished run.
+    """
     (tmp_path / "runs").mkdir()
-    states = states_of(tmp_path / "runs", lambda: begin(tmp_path / "runs" / "one"), tmp_path / "states")
+    states = states_of(
+        tmp_path / "runs", lambda: begin(tmp_path / "runs" / "one"), tmp_path / "states"
+    )
     for state in states:
         output = state / "one"
         assert RunFolder(output).path == output, f"counts as finished: {sorted(os.listdir(output))}"
@@ -688,10 +894,12 @@ def test_a_run_killed_while_it_begins_never_looks_finished_and_can_be_started_ag
 
 @pytest.mark.parametrize("has_old", [False, True])
 def test_a_run_killed_while_it_finishes_loses_nothing(tmp_path: Path, has_old: bool) -> None:
-    """At every moment either the old results (if any) stand there and the new run can be continued from its checkpoints, or the new results do.
+    """At every moment either the old results (if any) stand there and the new run can be continued
+    from its checkpoints, or the new results do.
 
-    Guards against: the checkpoints are dropped while the run still counts as unfinished; and between the end of UNFINISHED and the second rename a run over an
-    older one is neither finished nor unfinished, and the next `begin` deletes it.
+    Guards against: the checkpoints are dropped while the run still counts as unfinished; and
+    between the end of UNFINISHED and the second rename a run over an older one is neither finished
+    nor unfinished, and the next `begin` deletes it.
     """
     runs = tmp_path / "runs"
     if has_old:
@@ -717,7 +925,9 @@ def test_a_run_killed_while_it_finishes_loses_nothing(tmp_path: Path, has_old: b
     assert seen == {"old" if has_old else None, "new"}
 
 
-def test_opening_a_run_folder_brings_back_the_run_that_a_kill_left_under_its_second_name(tmp_path: Path) -> None:
+def test_opening_a_run_folder_brings_back_the_run_that_a_kill_left_under_its_second_name(
+    tmp_path: Path,
+) -> None:
     finished_run(tmp_path / "one", "old")
     (tmp_path / "one").rename(tmp_path / ".one.old")
     opened = RunFolder(tmp_path / "one")
@@ -729,7 +939,9 @@ def test_opening_a_run_folder_brings_back_the_run_that_a_kill_left_under_its_sec
 
 
 def test_a_library_s_own_error_for_a_full_disk_is_the_system_s(tmp_path: Path) -> None:
-    """safetensors and tokenizers raise exceptions of their own kind; the user gets the one line of a full disk, and the file's old content stays."""
+    """safetensors and tokenizers raise exceptions of their own kind; the user gets the one line of
+    a full disk, and the file's old content stays.
+    """
     path = tmp_path / "weights"
     path.write_text("old")
 
@@ -763,9 +975,16 @@ def python_asks_for_too_much() -> None:
 
 
 @pytest.mark.parametrize("ask", [torch_asks_for_too_much, gpu_is_full, python_asks_for_too_much])
-def test_short_memory_names_the_settings_to_lower(ask: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
-    """torch's CPU allocator, a GPU's and Python's own: exit 1, one line, never a traceback; any other RuntimeError stays what it is."""
-    with pytest.raises(RunError, match=r"^out of memory .*--batch-size"), files.memory_named("--batch-size"):
+def test_short_memory_names_the_settings_to_lower(
+    ask: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's CPU allocator, a GPU's and Python's own: exit 1, one line, never a traceback; any
+    other RuntimeError stays what it is.
+    """
+    with (
+        pytest.raises(RunError, match=r"^out of memory .*--batch-size"),
+        files.memory_named("--batch-size"),
+    ):
         ask()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -784,8 +1003,12 @@ def test_short_memory_names_the_settings_to_lower(ask: Callable[[], None], capsy
 
 
 @pytest.mark.usefixtures("signals_kept")
-@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_signal_is_held_back_until_the_loop_has_ended_its_step(number: signal.Signals, raised: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_is_held_back_until_the_loop_has_ended_its_step(
+    number: signal.Signals, raised: type[BaseException]
+) -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     steps = 0
     with StopSignal() as stop:
@@ -804,8 +1027,12 @@ def test_a_signal_is_held_back_until_the_loop_has_ended_its_step(number: signal.
 
 @pytest.mark.usefixtures("signals_kept")
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("second, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_second_signal_ends_at_once_as_what_it_is(first: signal.Signals, second: signal.Signals, raised: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "second, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_second_signal_ends_at_once_as_what_it_is(
+    first: signal.Signals, second: signal.Signals, raised: type[BaseException]
+) -> None:
     """Guards against: a second SIGTERM ends as Ctrl-C would, with exit code 130."""
     with StopSignal():
         os.kill(os.getpid(), first)

@@ -1,4 +1,6 @@
-"""Bad input and strange papers through the scripts: one printable line each, and papers that come out as they went in, on the report page too."""
+"""Bad input and strange papers through the scripts: one printable line each, and papers that come
+out as they went in, on the report page too.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,14 @@ from train_embedding_model import read_training_papers
 SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     "train": lambda path, out: read_training_papers(complete(Settings(train_file=str(path))), []),
     "benchmark": lambda path, out: read_evaluation_papers(str(path)),
-    "collect": lambda path, out: collect_papers.Collection(collect_papers.Command(output=str(out), exclude=(str(path),))),
+    "collect": lambda path, out: collect_papers.Collection(
+        collect_papers.Command(output=str(out), exclude=(str(path),))
+    ),
     "generate": lambda path, out: language_model.run_job(
         language_model.Flags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
-        language_model.Job("query", (generate_search_queries.QUERY,), texts=1, least=1, words=(2, 9)),
+        language_model.Job(
+            "query", (generate_search_queries.QUERY,), texts=1, least=1, words=(2, 9)
+        ),
     ),
 }
 
@@ -46,8 +52,17 @@ def _handlers() -> Iterator[None]:
     sys.excepthook = hook
 
 
-@pytest.mark.parametrize("place, what", [pytest.param(*case[1:], id=case[0]) for case in faults.BAD if "bomb" not in case[0] and "pipe" not in case[0]])
-def test_every_script_refuses_bad_input_in_one_printable_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: Place, what: str) -> None:
+@pytest.mark.parametrize(
+    "place, what",
+    [
+        pytest.param(*case[1:], id=case[0])
+        for case in faults.BAD
+        if "bomb" not in case[0] and "pipe" not in case[0]
+    ],
+)
+def test_every_script_refuses_bad_input_in_one_printable_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: Place, what: str
+) -> None:
     """The first thing that is wrong; a key that a script does not need may be missing."""
     inside = tmp_path / "in"
     inside.mkdir()
@@ -58,7 +73,10 @@ def test_every_script_refuses_bad_input_in_one_printable_line(tmp_path: Path, ca
             code = files.run_command(lambda script=script: script(path, tmp_path / "out.jsonl"))  # type: ignore[misc]
             line = capsys.readouterr().err.removesuffix("\n")
             assert line.isprintable()
-            if re.match('key "(title|abstract|summaries)" is (missing|blank)', what) and what not in line:
+            if (
+                re.match('key "(title|abstract|summaries)" is (missing|blank)', what)
+                and what not in line
+            ):
                 assert code == 0 or "too few to train" in line
             else:
                 assert (code, line[:7]) == (2, "error: "), name
@@ -66,50 +84,105 @@ def test_every_script_refuses_bad_input_in_one_printable_line(tmp_path: Path, ca
     assert [one.name for one in tmp_path.iterdir()] == ["in"]
 
 
-def test_strange_papers_are_trained_on_benchmarked_and_shown_as_they_are(tiny_bert: Path, tmp_path: Path) -> None:
-    """Through main.py as a whole: nothing of theirs runs in the page or reaches the terminal, and the page's map holds their titles."""
+def test_strange_papers_are_trained_on_benchmarked_and_shown_as_they_are(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Through main.py as a whole: nothing of theirs runs in the page or reaches the terminal, and
+    the page's map holds their titles.
+    """
     train, evaluation = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
-    train.write_bytes(jsonl(*(row | {"id": f"train-{i}", "abstract": "", "title": ""} for i, row in enumerate(nasty_papers())), *map(make_paper, range(8))))
+    train.write_bytes(
+        jsonl(
+            *(
+                row | {"id": f"train-{i}", "abstract": "", "title": ""}
+                for i, row in enumerate(nasty_papers())
+            ),
+            *map(make_paper, range(8)),
+        )
+    )
     evaluation.write_bytes(jsonl(*nasty_papers()))
-    words = ("--encoder", tiny_bert, "--max-steps", "2", "--batch-size", "8", "--validate-every", "2", "--device", "cpu", "--output-dir", tmp_path / "run")
+    words = (
+        "--encoder",
+        tiny_bert,
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--validate-every",
+        "2",
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path / "run",
+    )
     done = run_script("main.py", "--train-file", train, "--eval-file", evaluation, *words)
     assert done.returncode == 0, done.stderr
-    assert not [one for one in done.stdout + done.stderr.replace("\r", "\n") if not one.isprintable() and one != "\n"]
+    assert not [
+        one
+        for one in done.stdout + done.stderr.replace("\r", "\n")
+        if not one.isprintable() and one != "\n"
+    ]
     assert not [line for line in done.stderr.splitlines() if "Warning" in line]
     page = Page(tmp_path / "run" / "report.html")
     titles, fields = (json.loads(page.scripts[0])[key] for key in ("titles", "fields"))
-    assert titles == [row["title"][:300].rstrip("\0") for row in nasty_papers() if row["field"].strip()]
+    assert titles == [
+        row["title"][:300].rstrip("\0") for row in nasty_papers() if row["field"].strip()
+    ]
     assert page.tags.count("script") == 2
     assert not {"svg", "img"} & set(page.tags[page.tags.index("noscript") :])
     assert len(titles) == len(NASTY)
-    assert {r"\x1b[31mred", "</script><svg onload=alert(3)>", r"$\notacommand{", "| --- |"} <= set(fields)
+    assert {r"\x1b[31mred", "</script><svg onload=alert(3)>", r"$\notacommand{", "| --- |"} <= set(
+        fields
+    )
 
 
 def test_a_bomb_is_refused_with_little_memory(tmp_path: Path) -> None:
-    """A gzip file of 256 MiB in one line: a process that reads it holds one line of 16 MiB, not the whole."""
-    place = next(place for name, place, _ in faults.BAD if name == "file: gzip bomb, one line of 256 MiB")
-    code = "import sys, resource, load_data, files; files.run_command(lambda: list(load_data.read_papers(sys.argv[1])))"
+    """A gzip file of 256 MiB in one line: a process that reads it holds one line of 16 MiB, not the
+    whole.
+    """
+    place = next(
+        place for name, place, _ in faults.BAD if name == "file: gzip bomb, one line of 256 MiB"
+    )
+    code = (
+        "import sys, resource, load_data, files; files.run_command(lambda:"
+        " list(load_data.read_papers(sys.argv[1])))"
+    )
     with place(tmp_path) as path:
-        small = run_script("-c", f"{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", "/dev/null")
-        large = run_script("-c", f"{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", path)
+        small = run_script(
+            "-c", f"{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", "/dev/null"
+        )
+        large = run_script(
+            "-c", f"{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", path
+        )
     assert "line is longer than 16 MiB" in large.stderr
     assert int(large.stdout) - int(small.stdout) < 100 * 1024
 
 
 def test_what_is_collected_from_strange_rows_is_a_papers_file(tmp_path: Path) -> None:
-    """Half surrogate pairs, endless words and ids, a key twice: other people's rows, which collect_papers.py takes as far as they go.
+    """Half surrogate pairs, endless words and ids, a key twice: other people's rows, which
+    collect_papers.py takes as far as they go.
 
-    Guards against: papers that the papers reader then refuses, and a comparison of texts that takes minutes.
+    Guards against: papers that the papers reader then refuses, and a comparison of texts that takes
+    minutes.
     """
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     words = ("surrogate pair", "a key twice", "id of 1,001", "a word of", "a letter with")
-    lines = [line.replace(b"paper-7", f"strange-{i}".encode()) for i, (name, line, _, _) in enumerate(BAD_LINES) if any(word in name for word in words)]
+    lines = [
+        line.replace(b"paper-7", f"strange-{i}".encode())
+        for i, (name, line, _, _) in enumerate(BAD_LINES)
+        if any(word in name for word in words)
+    ]
     lines = [line for line in lines if not line.count(b"\xed")]  # not UTF-8
     source.write_bytes(jsonl(*nasty_papers()) + b"\n".join(lines) + b"\n")
-    collect_papers.collect(collect_papers.Command(output=str(output), input=str(source), min_words=1))
+    collect_papers.collect(
+        collect_papers.Command(output=str(output), input=str(source), min_words=1)
+    )
     found = {paper.title: paper for paper in read_papers(output, ("title", "abstract"))}
     assert len(found) >= len(NASTY)
     assert all(" ".join(row["title"].split()) in found for row in nasty_papers())
-    longest = {paper.id: max(map(len, f"{paper.title} {paper.abstract}".split())) for paper in found.values()}
+    longest = {
+        paper.id: max(map(len, f"{paper.title} {paper.abstract}".split()))
+        for paper in found.values()
+    }
     assert max(longest.values()) == LONGEST_WORD
     assert max(map(len, longest)) <= 1_000

@@ -1,4 +1,6 @@
-"""docs/other_harnesses.md: its Python and bash blocks are run here, with mteb itself where it is installed and with a stand-in of SciRepEval's interface."""
+"""docs/other_harnesses.md: its Python and bash blocks are run here, with mteb itself where it is
+installed and with a stand-in of SciRepEval's interface.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,27 @@ def run_here(*words: str | Path) -> None:
 
 def some_papers(count: int) -> list[Paper]:
     rows = [make_paper(n) for n in range(count)]
-    return [Paper(row["id"], row["title"], row["abstract"], query=row["query"], field=row["field"]) for row in rows]
+    return [
+        Paper(row["id"], row["title"], row["abstract"], query=row["query"], field=row["field"])
+        for row in rows
+    ]
 
 
-# -- mteb ----------------------------------------------------------------------------------------------------------------------------------------------------
+# -- mteb
+# ----------------------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_mteb_scores_a_trained_folder_by_its_own_distance(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], metric: Metric
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metric: Metric,
 ) -> None:
-    """The page's call on a tiny task: titles against abstracts. Its mean reciprocal rank is ours, and not that of the other distance."""
+    """The page's call on a tiny task: titles against abstracts. Its mean reciprocal rank is ours,
+    and not that of the other distance.
+    """
     mteb = pytest.importorskip("mteb", reason="mteb is not installed (docs/other_harnesses.md)")
     from datasets import Dataset
 
@@ -57,18 +69,35 @@ def test_mteb_scores_a_trained_folder_by_its_own_distance(
     encoder.save(tmp_path / FOLDER, base="tiny")
 
     metadata = mteb.TaskMetadata(
-        name="Titles", description="titles", type="Retrieval", category="t2t", eval_splits=["test"], eval_langs=["eng-Latn"], main_score="mrr_at_1000",
+        name="Titles",
+        description="titles",
+        type="Retrieval",
+        category="t2t",
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="mrr_at_1000",
         dataset={"path": "none", "revision": "1"},
-    )  # fmt: skip
+    )
 
     def load_data(task: Any, **_: Any) -> None:
         ids = [paper.id for paper in papers]
-        corpus = Dataset.from_dict({"id": ids, "title": [""] * len(papers), "text": [paper.abstract for paper in papers]})
-        queries = Dataset.from_dict({"id": [f"q-{one}" for one in ids], "text": [paper.title for paper in papers]})
-        data = {"corpus": corpus, "queries": queries, "relevant_docs": {f"q-{one}": {one: 1} for one in ids}, "top_ranked": None}
+        corpus = Dataset.from_dict(
+            {"id": ids, "title": [""] * len(papers), "text": [paper.abstract for paper in papers]}
+        )
+        queries = Dataset.from_dict(
+            {"id": [f"q-{one}" for one in ids], "text": [paper.title for paper in papers]}
+        )
+        data = {
+            "corpus": corpus,
+            "queries": queries,
+            "relevant_docs": {f"q-{one}": {one: 1} for one in ids},
+            "top_ranked": None,
+        }
         task.dataset, task.data_loaded = {"default": {"test": data}}, True
 
-    titles = type("Titles", (mteb.abstasks.AbsTaskRetrieval,), {"metadata": metadata, "load_data": load_data})
+    titles = type(
+        "Titles", (mteb.abstasks.AbsTaskRetrieval,), {"metadata": metadata, "load_data": load_data}
+    )
     monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [titles()])
     monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -87,16 +116,20 @@ def test_mteb_scores_a_trained_folder_by_its_own_distance(
 
 
 def stretch_lengths(encoder: Encoder) -> None:
-    """Widen one dimension of the last layer, so that vectors differ in length and the two distances in their order."""
+    """Widen one dimension of the last layer, so that vectors differ in length and the two distances
+    in their order.
+    """
     model: Any = encoder.model
     with torch.no_grad():
         model.encoder.layer[-1].output.LayerNorm.weight[:3] *= 5
         model.encoder.layer[-1].output.LayerNorm.bias += torch.linspace(-1, 1, 32)
 
 
-# -- SciRepEval: a stand-in with its interface -----------------------------------------------------------------------------------------------------------------
+# -- SciRepEval: a stand-in with its interface
+# -----------------------------------------------------------------------------------------------------------------
 
-# What its code asks of a model and of a folder, in our words: fields joined by the separator, batches with ids, rows that unbind, a file of results.
+# What its code asks of a model and of a folder, in our words: fields joined by the separator,
+# batches with ids, rows that unbind, a file of results.
 STAND_IN = """
 import argparse, json, os, sys
 import torch
@@ -144,13 +177,21 @@ def scirepeval(tmp_path: Path) -> Path:
     folder.mkdir()
     (tmp_path / "semcse").mkdir()
     (folder / "scirepeval.py").write_text(STAND_IN, encoding="utf-8")
-    papers = [{"title": make_paper(n)["title"], "abstract": sentence(*range(n, 9 * n + 3))} for n in range(12)] + [{"title": "a river query", "abstract": ""}]
-    (folder / "scirepeval_tasks.jsonl").write_text(json.dumps({"name": "RELISH", "type": "proximity", "papers": papers}) + "\n", encoding="utf-8")
+    papers = [
+        {"title": make_paper(n)["title"], "abstract": sentence(*range(n, 9 * n + 3))}
+        for n in range(12)
+    ] + [{"title": "a river query", "abstract": ""}]
+    (folder / "scirepeval_tasks.jsonl").write_text(
+        json.dumps({"name": "RELISH", "type": "proximity", "papers": papers}) + "\n",
+        encoding="utf-8",
+    )
     return folder
 
 
 def check(results: Path, encoder: Encoder) -> None:
-    """SciRepEval's order of every paper's neighbours is that of the model's own distance on the same texts; vectors differ by their length at most."""
+    """SciRepEval's order of every paper's neighbours is that of the model's own distance on the
+    same texts; vectors differ by their length at most.
+    """
     found = json.loads(results.read_text(encoding="utf-8"))["RELISH"]
     own, theirs = encoder.embed(found["texts"]).vectors, torch.tensor(found["vectors"])
     if encoder.usage.metric == "cosine":
@@ -164,8 +205,12 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_an_exported_euclidean_model_is_the_model_in_scirepeval(tiny_deberta: Path, scirepeval: Path, pooling: Pooling) -> None:
-    """The page's two commands, in the two folders. The tiny DeBERTa's tokenizer is the one that is hardest to carry over."""
+def test_an_exported_euclidean_model_is_the_model_in_scirepeval(
+    tiny_deberta: Path, scirepeval: Path, pooling: Pooling
+) -> None:
+    """The page's two commands, in the two folders. The tiny DeBERTa's tokenizer is the one that is
+    hardest to carry over.
+    """
     encoder = load_encoder(str(tiny_deberta), Usage(pooling, "euclidean", 512), "cpu")
     home = scirepeval.parent / "semcse"
     encoder.save(home / FOLDER, base="tiny")
@@ -173,14 +218,21 @@ def test_an_exported_euclidean_model_is_the_model_in_scirepeval(tiny_deberta: Pa
     done = run_script(ROOT / export[1], *export[2:], cwd=home)
     assert done.returncode == 0, done.stderr
     assert f"--pooling-mode {pooling}" in done.stderr
-    assert sorted(path.name for path in (home / "runs/scirepeval").iterdir()) == ["model", "tokenizer"]
-    done = run_script(*score[1:], *(["--pooling-mode", "mean"] if pooling == "mean" else []), cwd=scirepeval)
+    assert sorted(path.name for path in (home / "runs/scirepeval").iterdir()) == [
+        "model",
+        "tokenizer",
+    ]
+    done = run_script(
+        *score[1:], *(["--pooling-mode", "mean"] if pooling == "mean" else []), cwd=scirepeval
+    )
     assert done.returncode == 0, done.stderr
     check(scirepeval / "scirepeval_results.json", encoder)
 
 
 @pytest.mark.parametrize(("pooling", "metric"), [("mean", "cosine"), ("cls", "euclidean")])
-def test_the_pages_wrapper_is_the_model_in_scirepeval(tiny_bert: Path, scirepeval: Path, pooling: Pooling, metric: Metric) -> None:
+def test_the_pages_wrapper_is_the_model_in_scirepeval(
+    tiny_bert: Path, scirepeval: Path, pooling: Pooling, metric: Metric
+) -> None:
     encoder = load_encoder(str(tiny_bert), Usage(pooling, metric, 40), "cpu")
     stretch_lengths(encoder)
     encoder.save(scirepeval.parent / "semcse/runs/quickstart-cosine/model", base="tiny")
@@ -203,26 +255,50 @@ def test_the_pages_wrapper_is_the_model_in_scirepeval(tiny_bert: Path, scirepeva
         (Usage("last", "euclidean", 512), "cannot be saved"),
     ],
 )
-def test_a_model_that_scirepeval_would_use_otherwise_is_not_exported(tiny_deberta: Path, tmp_path: Path, usage: Usage, complaint: str) -> None:
+def test_a_model_that_scirepeval_would_use_otherwise_is_not_exported(
+    tiny_deberta: Path, tmp_path: Path, usage: Usage, complaint: str
+) -> None:
     with pytest.raises(UserError, match=complaint):
-        semantic_benchmark.export_scirepeval(load_encoder(str(tiny_deberta), usage, "cpu"), tmp_path / "out")
+        semantic_benchmark.export_scirepeval(
+            load_encoder(str(tiny_deberta), usage, "cpu"), tmp_path / "out"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_export_is_refused_before_anything_is_loaded(tiny_deberta: Path, tmp_path: Path) -> None:
+def test_the_export_is_refused_before_anything_is_loaded(
+    tiny_deberta: Path, tmp_path: Path
+) -> None:
     (tmp_path / "kept").mkdir()
     with pytest.raises(UserError, match="one --model"):
         run_here("--model", "a", "--model", "b", "--export-scirepeval", tmp_path / "out")
     with pytest.raises(UserError, match="exists; name a new folder"):
-        run_here("--model", tiny_deberta, "--metric", "euclidean", "--export-scirepeval", tmp_path / "kept")
+        run_here(
+            "--model",
+            tiny_deberta,
+            "--metric",
+            "euclidean",
+            "--export-scirepeval",
+            tmp_path / "kept",
+        )
     with pytest.raises(UserError, match="max_length is 256"):
-        run_here("--model", BUNDLED, "--metric", "euclidean", "--pooling", "mean", "--export-scirepeval", tmp_path / "out")
+        run_here(
+            "--model",
+            BUNDLED,
+            "--metric",
+            "euclidean",
+            "--pooling",
+            "mean",
+            "--export-scirepeval",
+            tmp_path / "out",
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-# -- The average -----------------------------------------------------------------------------------------------------------------------------------------------
+# -- The average
+# -----------------------------------------------------------------------------------------------------------------------------------------------
 
-# Facts of the published table (arXiv 2507.13105, README of its repository): classification, regression, proximity, search, average.
+# Facts of the published table (arXiv 2507.13105, README of its repository): classification,
+# regression, proximity, search, average.
 PUBLISHED = {
     "SciBERT": (63.86, 27.34, 66.25, 68.19, 57.42),
     "SciDeBERTa": (60.99, 27.00, 62.74, 67.83, 55.18),
@@ -237,27 +313,68 @@ PUBLISHED = {
     "NvEmbed-V2": (65.62, 29.94, 81.16, 82.84, 66.19),
     "SemCSE": (69.52, 27.58, 80.21, 78.56, 65.76),
 }
-# Facts of SciRepEval's result files for two of those models (repository J0nasW/SciEmbed-release, results/scirepeval, MIT): each task's numbers in the file's
-# order of metrics; for few-shot tasks the complete run and the two few-shot ones.
+# Facts of SciRepEval's result files for two of those models (repository J0nasW/SciEmbed-release,
+# results/scirepeval, MIT): each task's numbers in the file's order of metrics; for few-shot tasks
+# the complete run and the two few-shot ones.
 RESULTS = {
     "SPECTER2 (base)": {
-        "Biomimicry": (74.21, 39.2054, 14.4871), "DRSM": (76.49, 55.6758, 43.3149), "Fields of study": (42.16, 21.7554, 13.4559), "SciDocs MAG": (81.03,),
-        "SciDocs MeSH": (89.0,), "MeSH": (86.75,), "Peer Review Score": (20.84,), "Max hIndex": (15.75,), "Tweet Mentions": (27.71,),
-        "Citation Count": (38.43,), "Publication Year": (35.58,), "RELISH": (91.63,), "Paper-Reviewer Matching": (25.42, 34.02, 55.51, 66.73),
-        "SciDocs Cite": (91.97, 96.69), "SciDocs CoView": (85.52, 92.5), "SciDocs CoCite": (91.7, 96.56), "SciDocs CoRead": (87.17, 93.71),
-        "Same Author Detection": (87.0,), "Highly Influential Citations": (44.96,), "NFCorpus": (72.03,), "TREC-CoVID": (89.46,), "Search": (73.76,),
+        "Biomimicry": (74.21, 39.2054, 14.4871),
+        "DRSM": (76.49, 55.6758, 43.3149),
+        "Fields of study": (42.16, 21.7554, 13.4559),
+        "SciDocs MAG": (81.03,),
+        "SciDocs MeSH": (89.0,),
+        "MeSH": (86.75,),
+        "Peer Review Score": (20.84,),
+        "Max hIndex": (15.75,),
+        "Tweet Mentions": (27.71,),
+        "Citation Count": (38.43,),
+        "Publication Year": (35.58,),
+        "RELISH": (91.63,),
+        "Paper-Reviewer Matching": (25.42, 34.02, 55.51, 66.73),
+        "SciDocs Cite": (91.97, 96.69),
+        "SciDocs CoView": (85.52, 92.5),
+        "SciDocs CoCite": (91.7, 96.56),
+        "SciDocs CoRead": (87.17, 93.71),
+        "Same Author Detection": (87.0,),
+        "Highly Influential Citations": (44.96,),
+        "NFCorpus": (72.03,),
+        "TREC-CoVID": (89.46,),
+        "Search": (73.76,),
     },
     "SciNCL": {
-        "Biomimicry": (69.74, 40.1502, 21.2564), "DRSM": (74.73, 61.239, 49.6806), "Fields of study": (43.48, 30.0196, 22.3452), "SciDocs MAG": (81.11,),
-        "SciDocs MeSH": (89.1,), "MeSH": (86.16,), "Peer Review Score": (20.06,), "Max hIndex": (14.97,), "Tweet Mentions": (27.58,),
-        "Citation Count": (34.72,), "Publication Year": (30.02,), "RELISH": (90.67,), "Paper-Reviewer Matching": (25.42, 34.21, 55.42, 66.54),
-        "SciDocs Cite": (93.55, 97.35), "SciDocs CoView": (85.28, 92.23), "SciDocs CoCite": (91.66, 96.44), "SciDocs CoRead": (87.69, 94.0),
-        "Same Author Detection": (87.47,), "Highly Influential Citations": (43.39,), "NFCorpus": (70.85,), "TREC-CoVID": (87.67,), "Search": (73.46,),
+        "Biomimicry": (69.74, 40.1502, 21.2564),
+        "DRSM": (74.73, 61.239, 49.6806),
+        "Fields of study": (43.48, 30.0196, 22.3452),
+        "SciDocs MAG": (81.11,),
+        "SciDocs MeSH": (89.1,),
+        "MeSH": (86.16,),
+        "Peer Review Score": (20.06,),
+        "Max hIndex": (14.97,),
+        "Tweet Mentions": (27.58,),
+        "Citation Count": (34.72,),
+        "Publication Year": (30.02,),
+        "RELISH": (90.67,),
+        "Paper-Reviewer Matching": (25.42, 34.21, 55.42, 66.54),
+        "SciDocs Cite": (93.55, 97.35),
+        "SciDocs CoView": (85.28, 92.23),
+        "SciDocs CoCite": (91.66, 96.44),
+        "SciDocs CoRead": (87.69, 94.0),
+        "Same Author Detection": (87.47,),
+        "Highly Influential Citations": (43.39,),
+        "NFCorpus": (70.85,),
+        "TREC-CoVID": (87.67,),
+        "Search": (73.46,),
     },
-}  # fmt: skip
+}
 METRICS = {2: ("map", "ndcg"), 4: ("hard_P_10", "hard_P_5", "soft_P_10", "soft_P_5")}
 F1_MACRO = ("DRSM", "SciDocs MAG", "SciDocs MeSH", "Fields of study", "MeSH")
-KENDALL = ("Peer Review Score", "Max hIndex", "Tweet Mentions", "Citation Count", "Publication Year")
+KENDALL = (
+    "Peer Review Score",
+    "Max hIndex",
+    "Tweet Mentions",
+    "Citation Count",
+    "Publication Year",
+)
 NDCG = ("RELISH", "NFCorpus", "TREC-CoVID", "Search")
 
 
@@ -265,9 +382,24 @@ def result_file(numbers: dict[str, tuple[float, ...]]) -> dict[str, Any]:
     """The object that SciRepEval's code writes."""
     found: dict[str, Any] = {}
     for task, values in numbers.items():
-        metric = "f1_macro" if task in F1_MACRO else "kendalltau" if task in KENDALL else "ndcg" if task in NDCG else "f1" if task == "Biomimicry" else "map"
+        metric = (
+            "f1_macro"
+            if task in F1_MACRO
+            else (
+                "kendalltau"
+                if task in KENDALL
+                else "ndcg"
+                if task in NDCG
+                else "f1"
+                if task == "Biomimicry"
+                else "map"
+            )
+        )
         if len(values) == 3:
-            shots = [{"sample_size": size, "results": {metric: value}} for size, value in zip((64, 16), values[1:], strict=True)]
+            shots = [
+                {"sample_size": size, "results": {metric: value}}
+                for size, value in zip((64, 16), values[1:], strict=True)
+            ]
             found[task] = {"complete": {metric: values[0]}, "few_shot": shots}
         else:
             found[task] = dict(zip(METRICS.get(len(values), (metric,)), values, strict=True))
@@ -283,7 +415,9 @@ def test_the_average_reproduces_all_twelve_published_rows() -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_categories_of_public_result_files_are_near_the_papers(name: str) -> None:
-    """Two runs of one benchmark differ by its solvers; other readings (few-shot runs left out, or S2AND) are off by 1.5 to 8 points."""
+    """Two runs of one benchmark differ by its solvers; other readings (few-shot runs left out, or
+    S2AND) are off by 1.5 to 8 points.
+    """
     classification, regression, proximity, search, _ = PUBLISHED[name]
     results = result_file(RESULTS[name])
     found, reasons = scirepeval_average.category_scores(results)
@@ -293,19 +427,44 @@ def test_categories_of_public_result_files_are_near_the_papers(name: str) -> Non
     assert found["search"] == pytest.approx(search, abs=0.01)
     s2and = 9 * proximity - 8 * found["proximity"]
     assert 92 < s2and < 95
-    assert scirepeval_average.category_scores(results, s2and)[0]["proximity"] == pytest.approx(proximity)
+    assert scirepeval_average.category_scores(results, s2and)[0]["proximity"] == pytest.approx(
+        proximity
+    )
 
 
 def test_categories_by_hand() -> None:
     results = result_file(dict.fromkeys(RESULTS["SciNCL"], (50.0,)))
-    few = {"complete": {"f1": 80.0}, "few_shot": [{"results": {"f1": 20.0}}, {"results": {"f1": 40.0}}]}  # (80 + 30) / 2 = 55
-    results |= {task: few | {"complete": {"f1_macro": 50.0}, "few_shot": [{"results": {"f1_macro": 50.0}}]} for task in scirepeval_average.FEW_SHOT}
+    # (80 + 30) / 2 = 55
+    few = {
+        "complete": {"f1": 80.0},
+        "few_shot": [{"results": {"f1": 20.0}}, {"results": {"f1": 40.0}}],
+    }
+    results |= {
+        task: few | {"complete": {"f1_macro": 50.0}, "few_shot": [{"results": {"f1_macro": 50.0}}]}
+        for task in scirepeval_average.FEW_SHOT
+    }
     results["Biomimicry"] = few
-    results |= {f"SciDocs {kind}": {"map": 40.0, "ndcg": 60.0} for kind in ("Cite", "CoView", "CoCite", "CoRead")}
-    results["Paper-Reviewer Matching"] = {"hard_P_5": 10.0, "hard_P_10": 20.0, "soft_P_5": 30.0, "soft_P_10": 100.0}  # 40
+    results |= {
+        f"SciDocs {kind}": {"map": 40.0, "ndcg": 60.0}
+        for kind in ("Cite", "CoView", "CoCite", "CoRead")
+    }
+    # 40
+    results["Paper-Reviewer Matching"] = {
+        "hard_P_5": 10.0,
+        "hard_P_10": 20.0,
+        "soft_P_5": 30.0,
+        "soft_P_10": 100.0,
+    }
     found, reasons = scirepeval_average.category_scores(results, 70.0)
     assert reasons == []
-    assert found == pytest.approx({"classification": 305 / 6, "regression": 50, "proximity": (7 * 50 + 40 + 70) / 9, "search": 50})
+    assert found == pytest.approx(
+        {
+            "classification": 305 / 6,
+            "regression": 50,
+            "proximity": (7 * 50 + 40 + 70) / 9,
+            "search": 50,
+        }
+    )
     assert scirepeval_average.average(found) == pytest.approx((305 + 250 + 460 + 150) / 23)
 
 
@@ -316,12 +475,25 @@ def test_categories_by_hand() -> None:
         ("Search", {"ndcg": float("nan")}, "search: Search: lacks ndcg"),
         ("Search", {"map": 50.0}, "search: Search: lacks ndcg"),
         ("SciDocs Cite", {"map": 50.0}, "proximity: SciDocs Cite: lacks map or ndcg"),
-        ("DRSM", {"complete": {"f1_macro": 50.0}, "few_shot": []}, "classification: DRSM: lacks f1_macro, or its few-shot runs"),
-        ("DRSM", {"complete": {"f1_macro": 50.0}, "few_shot": [{"results": {"f1_macro": 50.0}}, {"results": {}}]}, "classification: DRSM: lacks"),
+        (
+            "DRSM",
+            {"complete": {"f1_macro": 50.0}, "few_shot": []},
+            "classification: DRSM: lacks f1_macro, or its few-shot runs",
+        ),
+        (
+            "DRSM",
+            {
+                "complete": {"f1_macro": 50.0},
+                "few_shot": [{"results": {"f1_macro": 50.0}}, {"results": {}}],
+            },
+            "classification: DRSM: lacks",
+        ),
         ("Max hIndex", None, "regression: Max hIndex: not in the file"),
     ],
 )
-def test_no_mean_is_formed_over_the_tasks_that_are_there(tmp_path: Path, task: str, result: Any, reason: str) -> None:
+def test_no_mean_is_formed_over_the_tasks_that_are_there(
+    tmp_path: Path, task: str, result: Any, reason: str
+) -> None:
     results = result_file(RESULTS["SciNCL"]) | {task: result}
     if result is None:
         del results[task]
@@ -334,7 +506,9 @@ def test_no_mean_is_formed_over_the_tasks_that_are_there(tmp_path: Path, task: s
 
 
 def test_the_command_prints_the_row_and_what_is_missing(tmp_path: Path) -> None:
-    """The page's last command; then without S2AND, with a failed task, and with files that are not results."""
+    """The page's last command; then without S2AND, with a failed task, and with files that are not
+    results.
+    """
     path = tmp_path / "scirepeval_results.json"
     *_, command = commands()
 
@@ -343,7 +517,10 @@ def test_the_command_prints_the_row_and_what_is_missing(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    path.write_text(json.dumps(result_file(RESULTS["SPECTER2 (base)"]) | {"Feeds-1": {"map": 80.0}}), encoding="utf-8")
+    path.write_text(
+        json.dumps(result_file(RESULTS["SPECTER2 (base)"]) | {"Feeds-1": {"map": 80.0}}),
+        encoding="utf-8",
+    )
     assert command[2] == path.name
     with_s2and = lines(*command[3:])
     assert with_s2and[0] == "| classification | regression | proximity | search | average |"
@@ -352,7 +529,9 @@ def test_the_command_prints_the_row_and_what_is_missing(tmp_path: Path) -> None:
     without = lines()
     assert without[2].split(" | ")[2] == "79.61"
     assert "S2AND" in without[-1]
-    path.write_text(json.dumps(result_file(RESULTS["SciNCL"]) | {"Search": {"error": "CUDA"}}), encoding="utf-8")
+    path.write_text(
+        json.dumps(result_file(RESULTS["SciNCL"]) | {"Search": {"error": "CUDA"}}), encoding="utf-8"
+    )
     failed = lines("--s2and", "93")
     assert failed[2].endswith("| no data | no data |")
     assert failed[4] == "- search: Search: failed: CUDA; no mean is formed without it."

@@ -1,4 +1,6 @@
-"""The fast path against transformers' own forward pass: vectors, gradients, dropout's arithmetic, and which models it takes."""
+"""The fast path against transformers' own forward pass: vectors, gradients, dropout's arithmetic,
+and which models it takes.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,47 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 300,
 }
 DEBERTA: dict[str, Any] = SMALL | {
-    "relative_attention": True, "position_buckets": 32, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
-    "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
-}  # fmt: skip
+    "relative_attention": True,
+    "position_buckets": 32,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
-    "roberta with pooler": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SMALL, pad_token_id=1)),
-    "xlm-roberta": lambda: transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**SMALL, pad_token_id=1)),
+    "roberta with pooler": lambda: transformers.RobertaModel(
+        transformers.RobertaConfig(**SMALL, pad_token_id=1)
+    ),
+    "xlm-roberta": lambda: transformers.XLMRobertaModel(
+        transformers.XLMRobertaConfig(**SMALL, pad_token_id=1)
+    ),
     "deberta v3": lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**DEBERTA)),
-    "own position projections": lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**DEBERTA | {"share_att_key": False})),
-    "content to position only": lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**DEBERTA | {"pos_att_type": ["c2p"]})),
-    "position to content only": lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**DEBERTA | {"pos_att_type": ["p2c"]})),
+    "own position projections": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**DEBERTA | {"share_att_key": False})
+    ),
+    "content to position only": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**DEBERTA | {"pos_att_type": ["c2p"]})
+    ),
+    "position to content only": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**DEBERTA | {"pos_att_type": ["p2c"]})
+    ),
     "no buckets, absolute positions too": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(**DEBERTA | {"position_buckets": -1, "norm_rel_ebd": "none", "position_biased_input": True, "type_vocab_size": 2})
+        transformers.DebertaV2Config(
+            **DEBERTA
+            | {
+                "position_buckets": -1,
+                "norm_rel_ebd": "none",
+                "position_biased_input": True,
+                "type_vocab_size": 2,
+            }
+        )
     ),
 }
-# Beside one another, one alone, all alike, and beyond the 16 distances that have a row of their own among 32 buckets, with tokens of no text at the end.
+# Beside one another, one alone, all alike, and beyond the 16 distances that have a row of their own
+# among 32 buckets, with tokens of no text at the end.
 LENGTHS = ([3, 40, 39, 12, 60, 5, 41], [9], [8, 8, 8], [290, 130, 17, 262, 285, 100])
 
 
@@ -67,8 +94,14 @@ def gradients(model: Any, states: list[Tensor]) -> dict[str, Tensor]:
     """Of a loss in which every real token counts differently."""
     model.zero_grad()
     weights = torch.Generator().manual_seed(0)
-    torch.stack([(state * torch.randn(state.shape, generator=weights)).sum() for state in states]).square().sum().backward()  # type: ignore[no-untyped-call]
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    torch.stack(
+        [(state * torch.randn(state.shape, generator=weights)).sum() for state in states]
+    ).square().sum().backward()  # type: ignore[no-untyped-call]
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -101,7 +134,9 @@ def test_packing_keeps_every_token_once_and_pads_little(lengths: list[int]) -> N
     batch = packed.pack(ids, 0, torch.device("cpu"))
     rows = [row for group in batch.split(batch.ids[:, None]) for row in group[:, :, 0].tolist()]
     masks = [row for group in batch.groups for row in group.mask.tolist()]
-    places = [row for group in batch.split(batch.positions[:, None]) for row in group[:, :, 0].tolist()]
+    places = [
+        row for group in batch.split(batch.positions[:, None]) for row in group[:, :, 0].tolist()
+    ]
     for i, text in enumerate(ids):
         at = int(batch.order[i])
         assert rows[at][: len(text)] == text
@@ -110,13 +145,22 @@ def test_packing_keeps_every_token_once_and_pads_little(lengths: list[int]) -> N
         assert places[at] == [*range(len(text)), *[0] * filling]
         assert filling == 0 or filling < min(packed.LENGTHS, len(masks[at]) / 4)
     held = sum(group.tokens for group in batch.groups)
-    assert held <= len(batch.ids) == len(batch.positions) < held + max(1, min(packed.TOKENS, held / 16))
+    assert (
+        held
+        <= len(batch.ids)
+        == len(batch.positions)
+        < held + max(1, min(packed.TOKENS, held / 16))
+    )
     assert len(batch.ids) % packed.TOKENS == 0 or held < 16 * packed.TOKENS
-    assert [group.full for group in batch.groups] == [bool(group.mask.all()) for group in batch.groups]
+    assert [group.full for group in batch.groups] == [
+        bool(group.mask.all()) for group in batch.groups
+    ]
 
 
 def test_cheap_dropout_is_a_dropout() -> None:
-    """Values 0 or 1 / (1 - p), the share dropped within five standard errors of p, the gradient masked alike, and repeatable by torch's seed."""
+    """Values 0 or 1 / (1 - p), the share dropped within five standard errors of p, the gradient
+    masked alike, and repeatable by torch's seed.
+    """
     torch.manual_seed(3)
     x = torch.ones(1_001, 999, dtype=torch.bfloat16, requires_grad=True)
     y = packed.dropout(x, 0.1)
@@ -126,7 +170,8 @@ def test_cheap_dropout_is_a_dropout() -> None:
     assert abs((y == 0).double().mean().item() - 0.1) < 5 * (0.1 * 0.9 / x.numel()) ** 0.5
     assert torch.equal(x.grad != 0, y != 0)
     assert abs(x.grad.double().mean().item() - 2.0) < 0.01
-    rows = (y == 0).double().mean(dim=0)  # neighbours that share a draw of 64 bits must not share their fate
+    # neighbours that share a draw of 64 bits must not share their fate
+    rows = (y == 0).double().mean(dim=0)
     together = ((y[:, :-1] == 0) & (y[:, 1:] == 0)).double().mean().item()
     assert abs(together - 0.01) < 0.001
     assert abs(rows.std().item() - (0.09 / 1_001) ** 0.5) < 0.002
@@ -137,7 +182,9 @@ def test_cheap_dropout_is_a_dropout() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "deberta v3"])
 def test_training_draws_dropout_everywhere_that_transformers_does(name: str) -> None:
-    """With all dropout of one kind at work and averaged over draws, the mean state of both paths agrees, and so does its spread."""
+    """With all dropout of one kind at work and averaged over draws, the mean state of both paths
+    agrees, and so does its spread.
+    """
     torch.manual_seed(0)
     model, ids = MODELS[name]().train(), texts([12, 12, 12])
     draws = 300
@@ -145,7 +192,8 @@ def test_training_draws_dropout_everywhere_that_transformers_does(name: str) -> 
         ours = torch.stack([torch.stack(packed_states(model, ids)) for _ in range(draws)])
         theirs = torch.stack([torch.stack(plain_states(model, ids)) for _ in range(draws)])
     error = theirs.std(dim=0) / draws**0.5
-    assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() / error).square().mean().sqrt() < 1.6  # sqrt(2) where both estimate the same mean
+    # sqrt(2) where both estimate the same mean
+    assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() / error).square().mean().sqrt() < 1.6
     assert abs((ours.var(dim=0) / theirs.var(dim=0)).mean().item() - 1) < 0.05
 
 
@@ -158,7 +206,9 @@ def test_other_models_take_their_own_forward_pass() -> None:
     with_convolution.conv_kernel_size = 3
     convolution = transformers.DebertaV2Model(with_convolution)
     modern = transformers.ModernBertModel(
-        transformers.ModernBertConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+        transformers.ModernBertConfig(
+            **SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        )
     )
     others = [Changed(transformers.BertConfig(**SMALL)), decoder, convolution, modern]
     assert [packed.supports(model) for model in others] == [False] * 4

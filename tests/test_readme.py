@@ -1,4 +1,6 @@
-"""Every command and every piece of Python in README.md is run here, in a copy of the repository with fewer sample papers, offline."""
+"""Every command and every piece of Python in README.md is run here, in a copy of the repository
+with fewer sample papers, offline.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,30 @@ from fake_llm_server import FakeServer
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
 ELSEWHERE = {"make quickstart", "make test", "make local-llm", "make bench", "make torture"}
-# Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py, test_language_model.py and test_training.py.
-NEEDS_MORE = ("--source", "--base-url http://127.0.0.1:8001", "meta-llama", "--profile paper", "--private")
+# Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py,
+# test_language_model.py and test_training.py.
+NEEDS_MORE = (
+    "--source",
+    "--base-url http://127.0.0.1:8001",
+    "meta-llama",
+    "--profile paper",
+    "--private",
+)
 
 SCRIPTS = (
-    "main.py", "semantic_benchmark.py", "collect_papers.py", "generate_train_summaries.py", "generate_search_queries.py", "embed_papers.py", "search_papers.py",
+    "main.py",
+    "semantic_benchmark.py",
+    "collect_papers.py",
+    "generate_train_summaries.py",
+    "generate_search_queries.py",
+    "embed_papers.py",
+    "search_papers.py",
     "publish_model.py",
-)  # fmt: skip
-ROAD = "runs/few"  # the folder of commands that need each other: they run in one test, in their order
-USE = ("embed_papers.py", "search_papers.py")  # their commands run in test_search_papers.py, in their order
+)
+# the folder of commands that need each other: they run in one test, in their order
+ROAD = "runs/few"
+# their commands run in test_search_papers.py, in their order
+USE = ("embed_papers.py", "search_papers.py")
 
 
 def blocks(language: str) -> list[str]:
@@ -39,7 +56,9 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the scripts with 24 training and 24 evaluation papers under the same names, and the quickstart run in it."""
+    """A copy of the scripts with 24 training and 24 evaluation papers under the same names, and the
+    quickstart run in it.
+    """
     folder = tmp_path_factory.mktemp("workspace")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
@@ -59,7 +78,9 @@ def needs_more(command: str) -> bool:
     return any(words in command for words in NEEDS_MORE)
 
 
-@pytest.mark.parametrize("command", [command for command in dict.fromkeys(commands()) if needs_more(command)])
+@pytest.mark.parametrize(
+    "command", [command for command in dict.fromkeys(commands()) if needs_more(command)]
+)
 def test_command_that_needs_more_is_understood(command: str) -> None:
     """Its script knows every flag in it."""
     words = shlex.split(command)
@@ -68,14 +89,28 @@ def test_command_that_needs_more_is_understood(command: str) -> None:
 
 
 def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Path) -> None:
-    """The commands of "Your own summaries and queries, offline", in their order, with a stand-in for the server of `make local-llm`."""
+    """The commands of "Your own summaries and queries, offline", in their order, with a stand-in
+    for the server of `make local-llm`.
+    """
     road = [command for command in commands() if ROAD in command]
-    assert [shlex.split(command)[1].split("_")[0] for command in road] == ["collect", "generate", "collect", "generate", "main.py", "semantic"]
+    assert [shlex.split(command)[1].split("_")[0] for command in road] == [
+        "collect",
+        "generate",
+        "collect",
+        "generate",
+        "main.py",
+        "semantic",
+    ]
     with FakeServer() as server:
         for command in road:
-            done = run_script(*shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[1:], cwd=workspace)
+            done = run_script(
+                *shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[1:],
+                cwd=workspace,
+            )
             assert done.returncode == 0, f"{command}\n{done.stderr}"
-    report = json.loads((workspace / ROAD / "benchmark" / "benchmark.json").read_text(encoding="utf-8"))
+    report = json.loads(
+        (workspace / ROAD / "benchmark" / "benchmark.json").read_text(encoding="utf-8")
+    )
     assert [model["tasks"]["query"]["n"] for model in report["models"]] == [24, 24]
 
 
@@ -84,7 +119,10 @@ def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Pa
     [
         command
         for command in dict.fromkeys(commands())
-        if command not in ELSEWHERE and not needs_more(command) and ROAD not in command and shlex.split(command)[1] not in USE
+        if command not in ELSEWHERE
+        and not needs_more(command)
+        and ROAD not in command
+        and shlex.split(command)[1] not in USE
     ],
 )
 def test_command(command: str, workspace: Path) -> None:
@@ -97,12 +135,21 @@ def test_command(command: str, workspace: Path) -> None:
 
 
 def test_python_blocks(workspace: Path) -> None:
-    """The lines for the published checkpoint are those for a model trained here, so they are run on one."""
+    """The lines for the published checkpoint are those for a model trained here, so they are run on
+    one.
+    """
     found = blocks("python")
     assert len(found) >= 2
     for number, block in enumerate(found):
         script = workspace / f"block_{number}.py"
-        script.write_text(re.sub(r'name = "CLAUSE-Bielefeld/SemCSE"', 'name = "runs/quickstart-euclidean/model"', block), encoding="utf-8")
+        script.write_text(
+            re.sub(
+                r'name = "CLAUSE-Bielefeld/SemCSE"',
+                'name = "runs/quickstart-euclidean/model"',
+                block,
+            ),
+            encoding="utf-8",
+        )
         done = run_script(script.name, cwd=workspace)
         assert done.returncode == 0, done.stderr
         assert "0." in done.stdout

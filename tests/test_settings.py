@@ -1,4 +1,6 @@
-"""settings.py: which value wins, what the one line `metric` switches, what --help says and how fast, and which values are refused."""
+"""settings.py: which value wins, what the one line `metric` switches, what --help says and how
+fast, and which values are refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,18 @@ import pytest
 from conftest import ROOT, run_script
 
 from files import UserError, run_command
-from settings import FREE_ON_RESUME, MARGINS, PROFILES, TEMPERATURES, Metric, Profile, Settings, complete, default_settings, parse_settings
+from settings import (
+    FREE_ON_RESUME,
+    MARGINS,
+    PROFILES,
+    TEMPERATURES,
+    Metric,
+    Profile,
+    Settings,
+    complete,
+    default_settings,
+    parse_settings,
+)
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 TYPES = get_type_hints(Settings)
@@ -46,15 +59,23 @@ def other_value(name: str, now: Any) -> Any:
 
 @profiles
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "profile"])
-def test_a_flag_beats_the_profile_and_the_profile_beats_the_default_line(profile: Profile, name: str) -> None:
-    """Each flag, given any order, sets its own field and leaves all others as the profile's block and then the default lines say."""
-    base = {field: PROFILES[profile].get(field, default.default) for field, default in FIELDS.items()} | {"profile": profile}
+def test_a_flag_beats_the_profile_and_the_profile_beats_the_default_line(
+    profile: Profile, name: str
+) -> None:
+    """Each flag, given any order, sets its own field and leaves all others as the profile's block
+    and then the default lines say.
+    """
+    base = {
+        field: PROFILES[profile].get(field, default.default) for field, default in FIELDS.items()
+    } | {"profile": profile}
     value = other_value(name, base[name])
     words = [flag(name)] if value is True else [flag(name), str(value)]
     expected = base | {name: value}
     metric: Metric = expected["metric"]
     expected["margin"] = MARGINS[metric] if expected["margin"] is None else expected["margin"]
-    expected["temperature"] = TEMPERATURES[metric] if expected["temperature"] is None else expected["temperature"]
+    expected["temperature"] = (
+        TEMPERATURES[metric] if expected["temperature"] is None else expected["temperature"]
+    )
     expected["output_dir"] = expected["output_dir"] or f"runs/{profile}-{metric}"
     for order in (["--profile", profile, *words], [*words, f"--profile={profile}"]):
         assert dataclasses.asdict(parse_settings(order)) == expected
@@ -63,15 +84,25 @@ def test_a_flag_beats_the_profile_and_the_profile_beats_the_default_line(profile
 def test_without_flags_the_quickstart_profile_runs_the_sample_papers() -> None:
     found = parse_settings([])
     assert found == complete(default_settings("quickstart"))
-    assert (found.profile, found.metric, found.margin, found.output_dir) == ("quickstart", "euclidean", 1.0, "runs/quickstart-euclidean")
+    assert (found.profile, found.metric, found.margin, found.output_dir) == (
+        "quickstart",
+        "euclidean",
+        1.0,
+        "runs/quickstart-euclidean",
+    )
     assert (ROOT / found.train_file).is_file()
     assert (ROOT / found.eval_file).is_file()
 
 
 def test_a_flag_can_set_a_profiles_value_back_to_the_default_line() -> None:
     assert PROFILES["quickstart"]["max_steps"] != Settings().max_steps
-    assert parse_settings(["--max-steps", str(Settings().max_steps)]).max_steps == Settings().max_steps
-    assert parse_settings(["--profile", "paper", "--encoder", Settings().encoder]).encoder == Settings().encoder
+    assert (
+        parse_settings(["--max-steps", str(Settings().max_steps)]).max_steps == Settings().max_steps
+    )
+    assert (
+        parse_settings(["--profile", "paper", "--encoder", Settings().encoder]).encoder
+        == Settings().encoder
+    )
 
 
 def test_the_last_of_two_equal_flags_wins() -> None:
@@ -84,7 +115,9 @@ def test_profiles_name_real_settings_and_never_the_metric(profile: Profile) -> N
     block = PROFILES[profile]
     assert set(block) <= set(FIELDS) - {"metric", "profile"}
     complete(default_settings(profile))
-    assert all(value != FIELDS[name].default for name, value in block.items()), "a line of the block that changes nothing"
+    assert all(value != FIELDS[name].default for name, value in block.items()), (
+        "a line of the block that changes nothing"
+    )
 
 
 def test_both_profiles_are_there_and_the_names_of_free_settings_are_real() -> None:
@@ -94,11 +127,17 @@ def test_both_profiles_are_there_and_the_names_of_free_settings_are_real() -> No
 
 @pytest.mark.parametrize("metric", get_args(Metric))
 @profiles
-def test_the_metric_brings_its_margin_temperature_and_folder_unless_they_are_given(metric: Metric, profile: Profile) -> None:
+def test_the_metric_brings_its_margin_temperature_and_folder_unless_they_are_given(
+    metric: Metric, profile: Profile
+) -> None:
     found = parse_settings(["--profile", profile, "--metric", metric])
-    assert (found.margin, found.temperature) == {"euclidean": (1.0, 0.25), "cosine": (0.1, 0.07)}[metric]
+    assert (found.margin, found.temperature) == {"euclidean": (1.0, 0.25), "cosine": (0.1, 0.07)}[
+        metric
+    ]
     assert found.output_dir == f"runs/{profile}-{metric}"
-    given = parse_settings(["--metric", metric, "--margin", "0", "--temperature", "3", "--output-dir", "here"])
+    given = parse_settings(
+        ["--metric", metric, "--margin", "0", "--temperature", "3", "--output-dir", "here"]
+    )
     assert (given.margin, given.temperature, given.output_dir) == (0.0, 3.0, "here")
     assert parse_settings(["--metric", metric, "--margin", "None"]).margin == MARGINS[metric]
 
@@ -110,7 +149,9 @@ def test_editing_the_line_metric_switches_the_whole_project(tmp_path: Path) -> N
     source = (ROOT / "settings.py").read_text(encoding="utf-8")
     line = '\n    metric: Metric = "euclidean"  #'
     assert source.count(line) == 1
-    (tmp_path / "settings.py").write_text(source.replace(line, '\n    metric: Metric = "cosine"  #'), encoding="utf-8")
+    (tmp_path / "settings.py").write_text(
+        source.replace(line, '\n    metric: Metric = "cosine"  #'), encoding="utf-8"
+    )
     code = """
 import dataclasses, json, sys
 sys.path[:0] = sys.argv[1:3]
@@ -123,21 +164,28 @@ print(json.dumps([settings.__file__] + [dataclasses.asdict(settings.parse_settin
     where, plain, paper, by_flag = json.loads(done.stdout)
     assert where == str(tmp_path / "settings.py")
     assert [plain, paper, by_flag] == [
-        dataclasses.asdict(parse_settings(words)) for words in (["--metric", "cosine"], ["--metric", "cosine", "--profile", "paper"], [])
+        dataclasses.asdict(parse_settings(words))
+        for words in (["--metric", "cosine"], ["--metric", "cosine", "--profile", "paper"], [])
     ]
 
 
 @pytest.mark.parametrize("name", ["metric", "profile", "pooling", "loss", "device", "precision"])
 def test_a_word_that_is_no_choice_is_refused_also_in_the_settings_lines(name: str) -> None:
-    """The command line checks its own words; an edited line is checked when the settings are completed."""
+    """The command line checks its own words; an edited line is checked when the settings are
+    completed.
+    """
     choices = ", ".join(get_args(TYPES[name]))
     changes: dict[str, Any] = {name: "euclidian"}
-    with pytest.raises(UserError, match=rf"{flag(name)} is out of range; give a value that is one of {choices}$"):
+    with pytest.raises(
+        UserError, match=rf"{flag(name)} is out of range; give a value that is one of {choices}$"
+    ):
         complete(dataclasses.replace(Settings(), **changes))
 
 
 def test_the_metric_is_decided_in_that_line_alone() -> None:
-    """Outside settings.py's line no field, parameter or variable has a metric as its default, apart from the recipes of other people's models."""
+    """Outside settings.py's line no field, parameter or variable has a metric as its default, apart
+    from the recipes of other people's models.
+    """
     defaults = []
     for path in sorted(ROOT.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -146,7 +194,11 @@ def test_the_metric_is_decided_in_that_line_alone() -> None:
                 values = [*node.args.defaults, *node.args.kw_defaults]
             elif isinstance(node, ast.AnnAssign | ast.Assign):
                 values = [node.value]
-            defaults += [path.name for value in values if isinstance(value, ast.Constant) and value.value in get_args(Metric)]
+            defaults += [
+                path.name
+                for value in values
+                if isinstance(value, ast.Constant) and value.value in get_args(Metric)
+            ]
     assert defaults == ["settings.py"]
 
 
@@ -163,11 +215,23 @@ def help_text(*words: str) -> str:
 def comments() -> dict[str, str]:
     """Field -> the comment at the end of its line in settings.py."""
     source = (ROOT / "settings.py").read_text(encoding="utf-8")
-    by_line = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    by_line = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     (settings_class,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    fields = [node for node in settings_class.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    fields = [
+        node
+        for node in settings_class.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
     assert all(node.lineno == node.end_lineno for node in fields), "one line a setting"
-    return {node.target.id: by_line.get(node.lineno, "") for node in fields if isinstance(node.target, ast.Name)}
+    return {
+        node.target.id: by_line.get(node.lineno, "")
+        for node in fields
+        if isinstance(node.target, ast.Name)
+    }
 
 
 def test_help_says_every_settings_meaning_and_default() -> None:
@@ -179,7 +243,9 @@ def test_help_says_every_settings_meaning_and_default() -> None:
         default = getattr(base, name)
         shown = repr(default) if default == "" else str(default)
         pattern = rf"{flag(name)} [^-]*{re.escape(comment)} \(default: {re.escape(shown)}\)"
-        assert re.search(pattern, said), f"--help does not show: {name}: {comment} (default: {shown})"
+        assert re.search(pattern, said), (
+            f"--help does not show: {name}: {comment} (default: {shown})"
+        )
 
 
 def test_help_of_a_profile_shows_its_values() -> None:
@@ -189,20 +255,32 @@ def test_help_of_a_profile_shows_its_values() -> None:
 
 
 def entry_scripts() -> list[str]:
-    return sorted(path.name for path in ROOT.glob("*.py") if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8"))
+    return sorted(
+        path.name
+        for path in ROOT.glob("*.py")
+        if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("script", entry_scripts())
 def test_help_answers_within_a_second_without_torch(script: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert done.returncode == 0
     assert "usage" in done.stdout
     assert {"settings", "tyro"} <= imported
-    assert imported.isdisjoint({"torch", "transformers", "datasets", "sklearn", "openai", "matplotlib"})
+    assert imported.isdisjoint(
+        {"torch", "transformers", "datasets", "sklearn", "openai", "matplotlib"}
+    )
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
@@ -241,7 +319,8 @@ BAD_VALUES = [
     ("validation_share", "0", "between 0 and 1"),
     ("validation_share", "1", "between 0 and 1"),
     ("validation_share", "nan", "between 0 and 1"),
-    # Unchecked, these would end in a traceback later (infinity where settings.json is written, the seed in torch.manual_seed).
+    # Unchecked, these would end in a traceback later (infinity where settings.json is written, the
+    # seed in torch.manual_seed).
     ("margin", "inf", ""),
     ("weight_decay", "inf", ""),
     ("clip_norm", "inf", ""),
@@ -250,27 +329,50 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("name, value, need", BAD_VALUES)
-def test_a_value_out_of_range_is_refused_with_exit_code_2(capsys: pytest.CaptureFixture[str], name: str, value: str, need: str) -> None:
+def test_a_value_out_of_range_is_refused_with_exit_code_2(
+    capsys: pytest.CaptureFixture[str], name: str, value: str, need: str
+) -> None:
     def command() -> None:
         parse_settings([flag(name), value])
 
     assert run_command(command) == 2
-    assert re.fullmatch(rf"error: [^\n]*{flag(name)} is out of range; give a value that is [^\n]*{need}[^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        rf"error: [^\n]*{flag(name)} is out of range; give a value that is [^\n]*{need}[^\n]*\n",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("batch_size", 2), ("max_steps", 1), ("max_length", 3), ("train_max_length", 3), ("validate_every", 1), ("patience", 1), ("checkpoint_every", 1),
-        ("log_every", 1), ("validation_papers", 2), ("warmup_steps", 0), ("weight_decay", 0.0), ("clip_norm", 0.0), ("margin", 0.0), ("seed", 0),
-        ("seed", 2**32 - 1), ("learning_rate", 1e-30), ("temperature", 1e-30), ("validation_share", 1e-9), ("validation_share", math.nextafter(1, 0)),
+        ("batch_size", 2),
+        ("max_steps", 1),
+        ("max_length", 3),
+        ("train_max_length", 3),
+        ("validate_every", 1),
+        ("patience", 1),
+        ("checkpoint_every", 1),
+        ("log_every", 1),
+        ("validation_papers", 2),
+        ("warmup_steps", 0),
+        ("weight_decay", 0.0),
+        ("clip_norm", 0.0),
+        ("margin", 0.0),
+        ("seed", 0),
+        ("seed", 2**32 - 1),
+        ("learning_rate", 1e-30),
+        ("temperature", 1e-30),
+        ("validation_share", 1e-9),
+        ("validation_share", math.nextafter(1, 0)),
     ],
-)  # fmt: skip
+)
 def test_the_ends_of_a_range_are_allowed(name: str, value: float) -> None:
     assert getattr(parse_settings([flag(name), repr(value)]), name) == value
 
 
-@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind in (int, float) or kind == (float | None)])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in TYPES.items() if kind in (int, float) or kind == (float | None)]
+)
 def test_every_number_has_a_range(name: str) -> None:
     """No numeric setting takes a value far below zero."""
     with pytest.raises(UserError, match=flag(name)):

@@ -1,4 +1,6 @@
-"""Gradient caching: the loss, gradients and dropout of one pass over the whole batch, in the memory of a part of it."""
+"""Gradient caching: the loss, gradients and dropout of one pass over the whole batch, in the memory
+of a part of it.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,29 @@ BATCH = 12
 
 def trainer_of(folder: Path, texts_at_once: int) -> tuple[_Trainer, list[list[int]]]:
     """A trainer before its first step, and the 2 x BATCH texts of that step, of unlike lengths."""
-    trainer = _Trainer(load(folder), toy_papers(40), toy_papers(4, 50), make_settings(batch_size=BATCH, texts_at_once=texts_at_once), folder, ALONE)
+    trainer = _Trainer(
+        load(folder),
+        toy_papers(40),
+        toy_papers(4, 50),
+        make_settings(batch_size=BATCH, texts_at_once=texts_at_once),
+        folder,
+        ALONE,
+    )
     trainer.encoder.model.train()
     pairs = batch_pairs(trainer.papers, 0, 0, BATCH)
-    ids = trainer.encoder.tokenize([anchor for anchor, _ in pairs] + [positive for _, positive in pairs], 32)
+    ids = trainer.encoder.tokenize(
+        [anchor for anchor, _ in pairs] + [positive for _, positive in pairs], 32
+    )
     assert len(set(map(len, ids))) > 2
     return trainer, ids
 
 
 def gradients(trainer: _Trainer) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in trainer.named.items() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in trainer.named.items()
+        if parameter.grad is not None
+    }
 
 
 def assert_equal(found: _Trainer, loss: Tensor, expected: _Trainer, expected_loss: Tensor) -> None:
@@ -46,7 +61,9 @@ def assert_equal(found: _Trainer, loss: Tensor, expected: _Trainer, expected_los
 
 
 class Kept:
-    """A tensor that waits for the backward pass; `live` and `most` count the bytes of all that wait, weights left out."""
+    """A tensor that waits for the backward pass; `live` and `most` count the bytes of all that
+    wait, weights left out.
+    """
 
     live = most = 0
 
@@ -60,7 +77,9 @@ class Kept:
 
 
 def backward_counted(trainer: _Trainer, ids: Sequence[list[int]]) -> tuple[Any, int]:
-    """The loss of `_backward`, and the most bytes of activations that waited for their backward pass at once."""
+    """The loss of `_backward`, and the most bytes of activations that waited for their backward
+    pass at once.
+    """
     Kept.live = Kept.most = 0
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         values, _ = trainer._backward(ids, len(ids))
@@ -68,7 +87,9 @@ def backward_counted(trainer: _Trainer, ids: Sequence[list[int]]) -> tuple[Any, 
 
 
 def test_loss_and_gradients_equal_one_pass_in_a_part_of_its_memory(lively_bert: Path) -> None:
-    """Parts as large as 3, as 10 (the last one smaller) and as more texts than there are, without dropout."""
+    """Parts as large as 3, as 10 (the last one smaller) and as more texts than there are, without
+    dropout.
+    """
     whole, ids = trainer_of(lively_bert, 0)
     without_dropout(whole.encoder)
     loss, memory = backward_counted(whole, ids)
@@ -85,7 +106,9 @@ def test_loss_and_gradients_equal_one_pass_in_a_part_of_its_memory(lively_bert: 
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(0, 45))
-def test_parts_hold_every_text_once_and_no_more_tokens_than_the_longest_texts(lengths: list[int], most: int) -> None:
+def test_parts_hold_every_text_once_and_no_more_tokens_than_the_longest_texts(
+    lengths: list[int], most: int
+) -> None:
     ids = [[7] * length for length in lengths]
     found = parts(ids, most)
     assert sorted(i for part in found for i in part) == list(range(len(ids)))
@@ -93,13 +116,18 @@ def test_parts_hold_every_text_once_and_no_more_tokens_than_the_longest_texts(le
     room = sum(sorted(lengths, reverse=True)[: most or None])
     tokens = [sum(lengths[i] for i in part) for part in found]
     assert max(tokens) <= room
-    assert all(before + lengths[part[0]] > room for before, part in zip(tokens, found[1:], strict=False))  # none could have been longer
+    # none could have been longer
+    assert all(
+        before + lengths[part[0]] > room for before, part in zip(tokens, found[1:], strict=False)
+    )
     if most == 0 or most >= len(ids):
         assert len(found) == 1
 
 
 def test_both_passes_meet_the_same_dropout(lively_bert: Path) -> None:
-    """With dropout: as if the parts were embedded one after the other with gradient, under one joint loss; the random state ends where it does there."""
+    """With dropout: as if the parts were embedded one after the other with gradient, under one
+    joint loss; the random state ends where it does there.
+    """
     trainer, ids = trainer_of(lively_bert, 5)
     torch.manual_seed(7)
     values, vectors = trainer._backward(ids, len(ids))
@@ -114,7 +142,9 @@ def test_both_passes_meet_the_same_dropout(lively_bert: Path) -> None:
     margin, temperature = reference.settings.margin, reference.settings.temperature
     assert margin is not None
     assert temperature is not None
-    loss = contrastive_loss(expected[:BATCH], expected[BATCH:], "euclidean", "triplet", margin, temperature).loss
+    loss = contrastive_loss(
+        expected[:BATCH], expected[BATCH:], "euclidean", "triplet", margin, temperature
+    ).loss
     loss.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-6)
     assert_equal(trainer, values.loss, reference, loss)

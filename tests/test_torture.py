@@ -1,6 +1,8 @@
-"""The short form of `make torture`: one or two trials of each kind of fault, and how the table counts them.
+"""The short form of `make torture`: one or two trials of each kind of fault, and how the table
+counts them.
 
-Bad input of every kind is in test_load_data.py and test_hostile.py; what else can happen to training is in its own tests.
+Bad input of every kind is in test_load_data.py and test_hostile.py; what else can happen to
+training is in its own tests.
 """
 
 from __future__ import annotations
@@ -16,9 +18,19 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "docs"))
 torture: Any = importlib.import_module("torture")
 WANTED = {  # the least that docs/reliability.md must show
-    "kill-training": 30, "kill-generation": 30, "kill-embedding": 10, "sigterm-training": 5, "sigterm-generation": 5, "disk-full-training": 5,
-    "disk-full-generation": 5, "corrupt-checkpoint": 5, "corrupt-journal": 5, "dead-rank": 5, "bad-input": 60, "nasty-paper": 20,
-}  # fmt: skip
+    "kill-training": 30,
+    "kill-generation": 30,
+    "kill-embedding": 10,
+    "sigterm-training": 5,
+    "sigterm-generation": 5,
+    "disk-full-training": 5,
+    "disk-full-generation": 5,
+    "corrupt-checkpoint": 5,
+    "corrupt-journal": 5,
+    "dead-rank": 5,
+    "bad-input": 60,
+    "nasty-paper": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +39,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("torture")
 
 
-@pytest.mark.parametrize("name", [name for name in WANTED if name not in ("bad-input", "dead-rank")])
+@pytest.mark.parametrize(
+    "name", [name for name in WANTED if name not in ("bad-input", "dead-rank")]
+)
 def test_a_fault_is_recovered_from(scratch: Path, name: str) -> None:
     outcome = torture.kinds()[name].trial(scratch, 3)
     assert outcome["recovered"], outcome
