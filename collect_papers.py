@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import gzip
 import hashlib
 import json
@@ -24,17 +23,19 @@ import os
 import re
 import shutil
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-import files
-from files import RunError, UserError
-from load_data import LONGEST_ID, LONGEST_WORD, Paper, SeenPapers, normalise, read_papers
+from semcse import command_line, files
+from semcse.errors import RunError, UserError
+from semcse.near_duplicates import SeenPapers
+from semcse.papers import LONGEST_ID, Paper, normalise, read_papers
+from semcse.sources import FILE_KINDS, faults_as, objects_with, open_file, open_split, text_of
 
 log = logging.getLogger(__name__)
+
 
 # SciRepEval's four largest training tasks: rows that are papers, triplets, queries with candidates.
 # Every data set that is open takes memory.
@@ -64,16 +65,8 @@ MAG_FIELDS = (  # Microsoft Academic Graph's top fields in the order of the SciD
 )
 # what may be read of a row; flags of these names say where it stands
 COLUMNS = ("id", "title", "abstract", "field", "query", "summaries")
-FILE_KINDS = (".bib", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
 TITLE_WORDS = 4  # a shorter title may well stand in its abstract by chance [ours]
 CHECKPOINT_ROWS = 2_000  # rows between two records of where a run stands
-ACCENTS = dict(
-    zip(
-        "`'^\"~=.uvHckr",
-        "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0306\u030c\u030b\u0327\u0328\u030a",
-        strict=True,
-    )
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +98,6 @@ class Command:
     limit: int = 0  # stop at so many papers; 0: take all
 
 
-@contextlib.contextmanager
-def _faults_as(kind: type[UserError], what: str, mend: str) -> Iterator[None]:
-    """One line for whatever datasets, huggingface_hub, fsspec, pyarrow or pandas raise: many kinds,
-    none of them a fault of ours.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise kind(
-            f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", mend
-        ) from None
-
-
 def open_streams(command: Command) -> dict[str, Any]:
     """The data sets to read by name, each a `datasets.IterableDataset`. UserError: no such file,
     data set, config or split, or not readable.
@@ -130,135 +108,10 @@ def open_streams(command: Command) -> dict[str, Any]:
     if command.source == "scirepeval":
         name, configs = "allenai/scirepeval", command.config or TRAINING_CONFIGS
     elif path.is_file() or path.name.lower().endswith((*FILE_KINDS, ".gz")):
-        return {path.name: _open_file(path, [getattr(command, key) for key in COLUMNS])}
+        return {path.name: open_file(path, [getattr(command, key) for key in COLUMNS])}
     return {
         f"{name} {config}".rstrip(): open_split(name, config, command.split) for config in configs
     }
-
-
-def open_split(name: str, config: str, split: str) -> Any:
-    """One split of a data set as a stream, from a folder `name` (seen from here) if there is one,
-    else from the Hub.
-
-    Where a repository still has a loading script or does not describe its configs, the Hub's own
-    parquet conversion (refs/convert/parquet) is read.
-    """
-    from datasets import load_dataset
-
-    with _faults_as(
-        UserError,
-        f"data set {name} {config} {split} cannot be opened",
-        "check the name, --config, --split and the network",
-    ):
-        try:
-            return load_dataset(name, config or None, split=split, streaming=True)
-        except (ValueError, RuntimeError):
-            with contextlib.suppress(Exception):
-                if config:  # without it all configs would come mixed
-                    return load_dataset(
-                        name,
-                        data_dir=config,
-                        split=split,
-                        revision="refs/convert/parquet",
-                        streaming=True,
-                    )
-            raise
-
-
-def _open_file(path: Path, columns: list[str]) -> Any:
-    from datasets import IterableDataset, load_dataset
-
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
-    if kind not in FILE_KINDS or not path.is_file():
-        raise UserError(
-            f"{path}: no such file, or not of a kind that can be read",
-            f"give a file named {' '.join(FILE_KINDS)}, gzipped or not",
-        )
-    if kind in (".bib", ".jsonl"):
-        return IterableDataset.from_generator(
-            read_bibtex if kind == ".bib" else read_json_lines, gen_kwargs={"path": path}
-        )
-    options: dict[str, Any] = {}
-    # the separator is found by itself; cells such as NA and 007 stay as they are
-    if kind in (".csv", ".tsv"):
-        options = {
-            "engine": "python",
-            "sep": None,
-            "na_filter": False,
-            "encoding": "utf-8-sig",
-            "converters": dict.fromkeys(filter(None, columns), str),
-        }
-    with _faults_as(UserError, f"{path}: cannot be read", "mend the file"):
-        return load_dataset(
-            kind[1:].replace("tsv", "csv"),
-            data_files=glob.escape(str(path)),
-            split="train",
-            streaming=True,
-            **options,
-        )
-
-
-def _open_text(path: Path) -> TextIO:
-    return (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix.lower() == ".gz"
-        else path.open(encoding="utf-8-sig")
-    )
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file. (`datasets` refuses a key that first stands in a late line.)
-    UserError: a line that is no JSON object; names it.
-    """
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            with _faults_as(
-                UserError, f"{path}:{number}: is not a JSON object", "write one object a line"
-            ):
-                row = dict(json.loads(line)) if line.strip() else None
-            if row is not None:
-                yield row
-
-
-def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
-    """The entries of a BibTeX file as rows: citation key as `id`, fields by lower-case name.
-    UserError: an entry that cannot be read; names its line.
-    """
-    inside = "[^{}]*"
-    for _ in range(6):  # braces may stand six deep
-        inside = rf"[^{{}}]*(?:\{{{inside}\}}[^{{}}]*)*"
-    entry = re.compile(rf"\s*([^\s,={{}}]*)\s*,({inside})\}}")
-    field = re.compile(
-        rf'([^\s,={{}}"#]+)\s*=\s*(?:\{{({inside})\}}|"((?:[^"{{}}]|\{{{inside}\}})*)")'
-    )
-    with _open_text(path) as handle:
-        text = handle.read()
-    for head in re.finditer(
-        r"^[ \t]*@(?!comment|preamble|string)\w+\s*\{", text, re.MULTILINE | re.IGNORECASE
-    ):
-        if not (body := entry.match(text, head.end())):
-            line = text.count("\n", 0, head.start()) + 1
-            raise UserError(
-                f"{path}:{line}: a BibTeX entry without a key or its closing brace",
-                "mend the entry",
-            )
-        yield {"id": body[1]} | {
-            name.lower(): plain_text(braced or quoted)
-            for name, braced, quoted in field.findall(body[2])
-        }
-
-
-def plain_text(latex: str) -> str:
-    r"""LaTeX accents become Unicode, braces and commands with an argument go and leave it, other
-    commands leave their name (`\alpha`, `\ss`).
-    """
-    text = re.sub(
-        r"\\([`'^\"~=.]|[uvHckr](?=[\s{\\]))\s*\{?\\?([A-Za-z])\}?",
-        lambda found: unicodedata.normalize("NFC", found[2] + ACCENTS[found[1]]),
-        latex,
-    )
-    text = re.sub(r"\\\\|(?<!\\)~", " ", text)
-    return re.sub(r"\\[A-Za-z]+\*?(?=\{)|[{}\\]", "", text)
 
 
 def scidocs_fields() -> dict[str, str]:
@@ -273,32 +126,6 @@ def scidocs_fields() -> dict[str, str]:
             "check the data set's version",
         )
     return {paper: MAG_FIELDS[label] for paper, label in labels.items()}
-
-
-def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any]]:
-    """Every object inside a row, at any depth, that has all `columns`: the row itself, or a query
-    and its candidates, say.
-    """
-    if isinstance(value, dict) and all(column in value for column in columns):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from objects_with(columns, inner)
-
-
-def text_of(value: Any) -> str:
-    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is
-    joined, half a surrogate pair is "?", endless words end.
-    """
-    if isinstance(value, list):
-        return " ".join(map(text_of, value))
-    return (
-        ""
-        if value is None
-        else " ".join(
-            word[:LONGEST_WORD] for word in str(value).encode(errors="replace").decode().split()
-        )
-    )
 
 
 def paper_of(
@@ -452,7 +279,7 @@ def rows_of(
     rows = {name: iter(stream) for name, stream in streams.items()}
     while rows:
         name = min(rows, key=lambda one: looked[one])
-        with _faults_as(
+        with faults_as(
             kind, f"{name}: reading stopped", "mend that and give the same command again to go on"
         ):
             row = next(rows[name], None)
@@ -476,7 +303,7 @@ def collect(command: Command) -> None:
     rows = rows_of(streams, papers.looked, UserError if Path(command.input).is_file() else RunError)
     row: dict[str, Any] = {}
     with (
-        files.StopSignal() as stop,
+        command_line.StopSignal() as stop,
         tqdm(
             total=command.limit or None, initial=papers.kept(), desc="collecting", unit="paper"
         ) as bar,
@@ -521,8 +348,8 @@ def collect(command: Command) -> None:
 
 def main() -> None:
     """The script: parse, check, then collect."""
-    command = files.parse_command_line(Command, None, Command())
-    files.log_to_stderr()
+    command = command_line.parse_command_line(Command, None, Command())
+    command_line.log_to_stderr()
     for noisy in ("datasets.packaged_modules", "huggingface_hub.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # our error line says it
     output = Path(command.output)
@@ -535,4 +362,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

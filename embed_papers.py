@@ -30,10 +30,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-import files
-from files import UserError
-from load_data import Paper, raw_lines, read_papers, shard_slice, text_lines
-from settings import Device, Metric, Pooling, Precision, Settings
+from semcse import command_line, files, run_folder
+from semcse.errors import UserError
+from semcse.papers import Paper, raw_lines, read_papers, shard_slice, text_lines
+from semcse.types import Device, Metric, Pooling, Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +150,8 @@ def embed(command: Command, folder: Path) -> None:
     """Embed every chunk of this share that is not in `folder` yet. A chunk's digest covers the
     settings and the input up to its end.
     """
-    from baseline_models import Wanted, find_recipe, load_model, title_separator
-    from encoder import uses_bf16
+    from semcse.encoder import uses_bf16
+    from semcse.models import find_recipe, load_model, title_separator
 
     part, parts = map(int, command.shard.split("/"))
     title_first = getattr(find_recipe(command.model), "title_first", False)
@@ -160,11 +160,13 @@ def embed(command: Command, folder: Path) -> None:
     )
     chunks = read_chunks(command, keys := text.split("_"))
     chunks = itertools.chain([next(chunks)], chunks)  # a wrong input shows before a model is loaded
-    wanted = Wanted(command.pooling, command.metric, command.max_length)
-    encoder, _ = load_model(
+    encoder = load_model(
         command.model,
-        wanted,
-        Settings(device=command.device, trust_remote_code=command.trust_remote_code),
+        command.pooling,
+        command.metric,
+        command.max_length,
+        device=command.device,
+        trust_remote_code=command.trust_remote_code,
     )
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
     separator = title_separator(command.model, encoder.tokenizer) if len(keys) > 1 else ""
@@ -199,11 +201,7 @@ def embed(command: Command, folder: Path) -> None:
     )
     digest, count = (
         hashlib.blake2b(json.dumps(made).encode(), digest_size=16),
-        {
-            "rows": 0,
-            "cut": 0,
-            "seconds": 0.0,
-        },
+        {"rows": 0, "cut": 0, "seconds": 0.0},
     )
     with tqdm(total=total, unit="text") as bar:
         for number, papers in enumerate(chunks):
@@ -271,7 +269,9 @@ def finish(output: Path, folder: Path, parts: int) -> None:
     # vectors of an earlier run never stand beside what describes new ones
     output.unlink(missing_ok=True)
     counts = {"rows": rows, "dimension": d, "cut": cut, "share_cut": cut / rows, "seconds": seconds}
-    files.write_json(Path(f"{output}.json"), facts[0] | counts | {"versions": files.versions()})
+    files.write_json(
+        Path(f"{output}.json"), facts[0] | counts | {"versions": run_folder.versions()}
+    )
     for name, place in (("ids", f"{output}.ids.jsonl"), ("vectors", output)):
         if (folder / name).exists():
             os.replace(folder / name, place)
@@ -328,8 +328,8 @@ def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: 
 
 def main() -> None:
     """The script: parse, embed, finish."""
-    command = checked(files.parse_command_line(Command, None, Command()))
-    files.log_to_stderr()
+    command = checked(command_line.parse_command_line(Command, None, Command()))
+    command_line.log_to_stderr()
     output, folder = Path(command.output), Path(f"{command.output}.parts")
     with files.lock(output.with_name(f".{output.name}.{command.shard.replace('/', '-of-')}.lock")):
         if not command.merge:
@@ -339,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

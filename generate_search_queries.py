@@ -14,9 +14,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import files
-from batch_api import BatchRun
-from language_model import Flags, Job, Prompt, Run, run_job
+from semcse import command_line
+from semcse.batch_api import BatchRun
+from semcse.generation import Run, run_job
+from semcse.llm import Flags
+from semcse.quality_gate import Job, Prompt
 
 # A query by somebody who wants this very paper's content and does not know the paper: their words,
 # not the title's, and specific enough to find it first.
@@ -39,8 +41,8 @@ class Command(Flags):
 
 def main() -> None:
     """Parse, generate, write."""
-    command = files.parse_command_line(Command, None, Command())
-    files.log_to_stderr()
+    command = command_line.parse_command_line(Command, None, Command())
+    command_line.log_to_stderr()
     run_job(
         command,
         Job("query", (QUERY,), texts=1, least=1, words=(2, 16), keep=not command.overwrite),
@@ -49,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

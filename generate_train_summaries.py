@@ -15,9 +15,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import files
-from batch_api import BatchRun
-from language_model import Flags, Job, Prompt, Run, run_job
+from semcse import command_line, errors
+from semcse.batch_api import BatchRun
+from semcse.generation import Run, run_job
+from semcse.llm import Flags
+from semcse.quality_gate import Job, Prompt
 
 # What every summary must be: one sentence that stands alone, so that read without the abstract it
 # still says which paper it belongs to. The demands are few and the last stands in the task: small
@@ -61,12 +63,12 @@ class Command(Flags):
 
 def main() -> None:
     """Parse, generate, write."""
-    command = files.parse_command_line(Command, None, Command())
+    command = command_line.parse_command_line(Command, None, Command())
     if command.summaries_per_abstract < 2:
-        raise files.UserError(
+        raise errors.UserError(
             "--summaries-per-abstract is out of range", "give at least 2: training needs pairs"
         )
-    files.log_to_stderr()
+    command_line.log_to_stderr()
     prompts = (
         [Prompt("all at once", SYSTEM, ALL_AT_ONCE)]
         if command.structured
@@ -81,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -6,16 +6,17 @@ python main.py --metric cosine      the cosine version (or edit the line `metric
 python main.py --profile paper      the published setting: full data, GPU
 """
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-import files
-import report
-from report import ROWS
-from settings import FREE_ON_RESUME, Settings, parse_settings
+from semcse import command_line, files, report, run_folder
+from semcse.tables import ROWS
+from settings import Settings, parse_settings
 
 
 def main() -> None:
@@ -23,34 +24,42 @@ def main() -> None:
     several processes all but the first only train.
     """
     settings = parse_settings()
-    files.log_to_stderr()
-    from baseline_models import Wanted, load_for_training, load_model
-    from checkpoints import facts_of
-    from parallel import join
+    command_line.log_to_stderr()
+    from load_data import read_training_papers
     from semantic_benchmark import read_evaluation_papers
-    from train_embedding_model import read_training_papers, train
+    from semcse.checkpoints import facts_of
+    from semcse.distributed import join
+    from semcse.encoder import Usage
+    from semcse.models import load_for_training, load_model
+    from train_embedding_model import train
 
     group = join(settings.device)
     evaluation = read_evaluation_papers(settings.eval_file, settings.skip_invalid)
     papers, held_out = read_training_papers(settings, evaluation)
-    encoder = load_for_training(settings)
+    usage = Usage(settings.pooling, settings.metric, settings.max_length)
+    encoder = load_for_training(
+        settings.encoder, usage, settings.device, settings.trust_remote_code
+    )
     facts = facts_of(encoder, group, papers, held_out, evaluation)
     if group.rank:
         train(encoder, papers, held_out, settings, Path(), group)
         return
-    with files.RunFolder.locked(Path(settings.output_dir)) as folder:
-        folder.begin(dataclasses.asdict(settings), facts, settings.resume, FREE_ON_RESUME)
-        files.log_to_stderr(folder.path / "run.log")
+    with run_folder.RunFolder.locked(Path(settings.output_dir)) as folder:
+        folder.begin(dataclasses.asdict(settings), facts, settings.resume)
+        command_line.log_to_stderr(folder.path / "run.log")
         results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
         train(encoder, papers, held_out, settings, folder.path, group)
         encoder.save(folder.path / "model", base=settings.encoder)
         results["benchmark"] = benchmark(
             encoder, evaluation, settings, folder.path / "benchmark.json"
         )
-        recipe, origins = load_model(settings.encoder, Wanted(), settings)
-        results["recipe"] = benchmark(
-            recipe, evaluation, settings, folder.path / "recipe.json", origins
+        recipe = load_model(
+            settings.encoder,
+            default=usage,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
         )
+        results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json")
         conclude(results, settings, folder)
 
 
@@ -59,7 +68,6 @@ def benchmark(
     evaluation: list[Any],
     settings: Settings,
     path: Path,
-    origins: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score `encoder` and write `path`; a resumed run takes what it scored before."""
     from semantic_benchmark import describe, evaluate
@@ -68,16 +76,16 @@ def benchmark(
         return dict(files.read_json(path))
     scored = evaluate(encoder, evaluation, settings.seed, ROWS[path.stem])
     report.save_map(path.with_suffix(".npz"), evaluation, scored.abstracts, settings.seed)
-    result = describe(encoder, settings.eval_file, scored, origins or {}, settings.seed)
+    result = describe(encoder, settings.eval_file, scored, settings.seed)
     files.write_json(path, result)
     return result
 
 
 def conclude(
-    results: dict[str, dict[str, Any]], settings: Settings, folder: files.RunFolder
+    results: dict[str, dict[str, Any]], settings: Settings, folder: run_folder.RunFolder
 ) -> None:
     """Print the table, write benchmark.md, end the run, and make its page."""
-    from semantic_benchmark import markdown, notes_on, table_lines
+    from semcse.tables import markdown, notes_on, table_lines
 
     named = {f"{settings.encoder} {ROWS[key]}": results[key] for key in ROWS}
     usages = [
@@ -97,4 +105,4 @@ def conclude(
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -27,14 +27,16 @@ import numpy as np
 import tyro
 import yaml  # type: ignore[import-untyped]
 
-import files
-from files import RunError, UserError
-from load_data import read_papers
-from report import ROWS, TASK_NAMES, Run, read_run, terms
-from semantic_benchmark import TASKS, main_score, notes_on, perf_scores, table_lines
+from semantic_benchmark import perf_scores
+from semcse import command_line, files
+from semcse.errors import RunError, UserError
+from semcse.papers import read_papers
+from semcse.report import TASK_NAMES, Run, read_run, terms
+from semcse.tables import ROWS, TASKS, main_score, notes_on, table_lines
 from settings import Settings
 
 log = logging.getLogger(__name__)
+
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git)", re.ASCII)
 NEEDED = (
@@ -106,7 +108,7 @@ def origins(run: Run, folder: Path) -> dict[str, Any]:
     training file names, `sources`: of that file's papers. A file that was changed after the run
     began tells nothing of it.
     """
-    from baseline_models import find_recipe
+    from semcse.models import find_recipe
 
     encoder, path = run.facts["settings"]["encoder"], Path(run.facts["settings"]["train_file"])
     recipe, report = find_recipe(encoder), Path(f"{path}.report.json")
@@ -216,7 +218,7 @@ def body(facts: Mapping[str, Any], name: str, texts: tuple[str, ...]) -> str:
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
         "file": lambda path: Path(path).name,
     }
-    template = Path(__file__).parent / "docs" / "model_card.md.j2"
+    template = Path(__file__).parent / "semcse" / "model_card.md.j2"
     return (
         made.from_string(template.read_text(encoding="utf-8"))
         .render(facts, name=name, texts=texts)
@@ -261,7 +263,7 @@ def chosen_files(model: Path, facts: Mapping[str, Any], text: str) -> dict[str, 
     """{path in the repository: file, or content}, no path of this machine in ours. UserError: a
     file is missing, or semcse.json is not what the run says.
     """
-    from encoder import read_marker
+    from semcse.model_folder import read_marker
 
     if missing := [name for name in NEEDED if not any(model.glob(name))]:
         raise UserError(f"{model}: has no {missing[0]}", MEND)
@@ -295,9 +297,9 @@ def check_vectors(model: Path, text: str) -> None:
     """Run the two blocks of Python in `text`, a card's `body` that embeds PROBES with the folder
     `model`. UserError: one fails or gives other vectors.
     """
-    from baseline_models import Wanted, load_model
+    from semcse.models import load_model
 
-    ours = load_model(str(model), Wanted(), Settings(device="cpu"))[0].embed(PROBES).vectors.numpy()
+    ours = load_model(str(model), device="cpu").embed(PROBES).vectors.numpy()
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     for library, block in zip(("transformers", "sentence-transformers"), blocks, strict=True):
         names: dict[str, Any] = {"print": lambda *_: None}
@@ -404,14 +406,14 @@ def publish(command: Command) -> None:
 
 def main() -> None:
     """The script: parse, then publish."""
-    command = files.parse_command_line(Command, None, Command())
+    command = command_line.parse_command_line(Command, None, Command())
     # the check runs where all agree to the last digits
     os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | (
         {"HF_HUB_OFFLINE": "1"} if command.dry_run else {}
     )
-    files.log_to_stderr()
+    command_line.log_to_stderr()
     publish(command)
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -22,10 +22,10 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-import files
-from files import UserError
-from load_data import text_lines
-from settings import Device, Settings
+from semcse import command_line, files
+from semcse.errors import UserError
+from semcse.papers import text_lines
+from semcse.types import Device
 
 TITLE_WIDTH = 100  # characters shown of a title
 # what must stand in VECTORS.json
@@ -119,17 +119,17 @@ def embed_queries(texts: list[str], about: dict[str, Any], command: Command) -> 
     """Vectors (len(texts), d) of texts in the query role. UserError: the model cannot be loaded, or
     is not the one of the vectors.
     """
-    from baseline_models import Wanted, load_model
+    from semcse.models import load_model
 
-    name, wanted = (
-        command.model or about["model"],
-        Wanted(about["pooling"], about["metric"], about["max_length"]),
-    )
+    name = command.model or about["model"]
     try:
-        encoder, _ = load_model(
+        encoder = load_model(
             name,
-            wanted,
-            Settings(device=command.device, trust_remote_code=command.trust_remote_code),
+            about["pooling"],
+            about["metric"],
+            about["max_length"],
+            device=command.device,
+            trust_remote_code=command.trust_remote_code,
         )
     except UserError as error:
         raise UserError(
@@ -177,13 +177,13 @@ def plain(text: str) -> str:
 
 def main() -> None:
     """The script: parse, embed the queries, search, print."""
-    command = files.parse_command_line(Command, None, Command())
+    command = command_line.parse_command_line(Command, None, Command())
     if not command.vectors or command.k < 1 or not (command.query or command.queries or command.id):
         raise UserError(
             "--vectors, a query, or a --k of 1 or more is missing",
             "give --vectors FILE and --query TEXT, --queries FILE or --id ID",
         )
-    files.log_to_stderr()
+    command_line.log_to_stderr()
     stored, about = read_vectors(Path(command.vectors))
     own = rows_of(command.id, Path(command.vectors), len(stored))
     texts = [
@@ -192,7 +192,7 @@ def main() -> None:
     ]
     import torch
 
-    from similarity import nearest_streamed
+    from semcse.distances import nearest_streamed
 
     vectors = torch.from_numpy(stored)
     queries = torch.cat(([embed_queries(texts, about, command)] if texts else []) + [vectors[own]])
@@ -220,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

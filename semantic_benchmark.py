@@ -11,10 +11,8 @@ Other harnesses (mteb, SciRepEval) are in docs/other_harnesses.md.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import math
-import shutil
+import re
 import statistics
 import sys
 import time
@@ -26,21 +24,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import files
-from files import UserError
-from load_data import Paper, SeenPapers, halves, read_papers
-from settings import Device, Metric, Pooling, Settings
+from semcse import command_line, files, run_folder
+from semcse.errors import UserError
+from semcse.near_duplicates import SeenPapers
+from semcse.papers import Paper, read_papers
+from semcse.types import Device, Metric, Pooling
+from settings import Settings
 
 if TYPE_CHECKING:
-    from encoder import Embedded, Encoder
+    from semcse.encoder import Embedded, Encoder
+from semcse.bootstrap import Values, bootstrap_interval, paired_differences
+from semcse.tables import TASKS, main_score, markdown, notes_on, paired_lines, table_lines
 
 log = logging.getLogger(__name__)
 
-TASKS = ("title_abstract", "abstract_segments", "query", "clustering")
+
+def halves(abstract: str) -> tuple[str, str] | None:
+    """Cut an abstract in two after a sentence end (`.`, `!` or `?` before white space), as close to
+    half of its characters as possible.
+
+    The earlier place wins a tie; the white space at the cut is dropped. None where there is no such
+    place. The paper's own rule is unknown; this is ours.
+    """
+    text = abstract.strip()
+    if not (places := [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]):
+        return None
+    start, end = min(places, key=lambda place: abs(place[0] - len(text) / 2))
+    return text[:start], text[end:]
+
+
 NEIGHBOURS = 10  # k of the clustering task
-RESAMPLES = 1_000  # of the bootstrap
-SWEPT_K = (1, 3, 5, 10, 20, 50, 100)  # of --sweep
-Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
             first, second, whole, list(range(len(whole))), usage.metric, len(papers)
         ),
         "query": _matching(queries, abstracts, asked, asked, usage.metric, len(papers)),
-        "clustering": _clustering(abstracts, [paper.field for paper in papers], usage.metric, seed),
+        "clustering": clustering(abstracts, [paper.field for paper in papers], usage.metric, seed),
     }
     tasks = {
         name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()
@@ -132,7 +145,7 @@ def _matching(
     """
     import torch
 
-    from similarity import ranks
+    from semcse.distances import ranks
 
     per_paper = np.full(papers, np.nan)
     pool = len(candidates)
@@ -159,7 +172,7 @@ def _matching(
     return scores, per_paper
 
 
-def _clustering(
+def clustering(
     abstracts: Any, fields: list[str], metric: Metric, seed: int, k: int = NEIGHBOURS
 ) -> tuple[dict[str, Any], Values]:
     """Mean share of a paper's k nearest labelled papers that have its field.
@@ -169,7 +182,7 @@ def _clustering(
     """
     import torch
 
-    from similarity import nearest
+    from semcse.distances import nearest
 
     per_paper = np.full(len(fields), np.nan)
     labelled = np.array([i for i, name in enumerate(fields) if name.strip()], dtype=np.int64)
@@ -200,56 +213,6 @@ def _with_interval(name: str, task: dict[str, Any], values: Values, seed: int) -
     if "reason" in task:
         return {main_score(name): None, "reason": task["reason"]}
     return task | {"ci95": list(bootstrap_interval(values[~np.isnan(values)], seed))}
-
-
-def main_score(task: str) -> str:
-    """The score that tables show of a task: "purity" (higher is better) or "mean_rank" (lower is
-    better).
-    """
-    return "purity" if task == "clustering" else "mean_rank"
-
-
-def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
-    """Percentile 95% interval of the mean of `values` (n,), resampling them RESAMPLES times."""
-    draw = np.random.default_rng(seed)
-    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tuple[float, float]]:
-    """Mean of `one` - `other` over the papers that both have a value for, and its percentile
-    bootstrap 95% interval: the same papers are drawn for both.
-
-    Raises:
-        ValueError: no paper has both.
-    """
-    differences = (one - other)[~np.isnan(one - other)]
-    if not len(differences):
-        raise ValueError("no paper has both values")
-    return float(differences.mean()), bootstrap_interval(differences, seed)
-
-
-def paired_differences(
-    per_paper: Mapping[str, Mapping[str, Values]], seed: int
-) -> list[dict[str, Any]]:
-    """For every two models and every task that both have: the mean of the first's values minus the
-    second's, with its 95% interval.
-    """
-    rows = []
-    for (one, first), (other, second) in itertools.combinations(per_paper.items(), 2):
-        tasks = [task for task in TASKS if not np.isnan(first[task] - second[task]).all()]
-        found = {task: paired_difference(first[task], second[task], seed) for task in tasks}
-        rows.append(
-            {
-                "models": [one, other],
-                "tasks": {
-                    task: {"difference": mean, "ci95": list(interval)}
-                    for task, (mean, interval) in found.items()
-                },
-            }
-        )
-    return rows
 
 
 def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
@@ -290,9 +253,7 @@ def _perf_of_task(task: str, x: float, column: list[float]) -> float:
     return min(1.0, max(0.0, 1 - 0.5 * (x - best) / (median - best)))
 
 
-def describe(
-    encoder: Encoder, eval_file: str, evaluation: Evaluation, origins: Mapping[str, str], seed: int
-) -> dict[str, Any]:
+def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, seed: int) -> dict[str, Any]:
     """The object of benchmark.json for one model (README, "Benchmark protocol")."""
     usage = dataclasses.asdict(encoder.usage)
     head = {
@@ -305,104 +266,10 @@ def describe(
         head
         | evaluation.report
         | {
-            "settings": usage | {"read_from": dict(origins), "seed": seed},
-            "versions": files.versions(),
+            "settings": usage | {"read_from": dict(encoder.origins), "seed": seed},
+            "versions": run_folder.versions(),
         }
     )
-
-
-def table_lines(
-    named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float | None] | None = None
-) -> list[str]:
-    """A markdown table, one row a model: main scores with 95% intervals; the pools stand in the
-    head.
-    """
-    some = next(iter(named.values()))["tasks"]
-    heads = [_column_head(task, some[task]) for task in TASKS] + (["Perf"] if perf else [])
-    rows = [["", *heads]]
-    for name, result in named.items():
-        perf_cell = [_number(perf.get(name), 3)] if perf else []
-        rows.append([name, *(_cell(task, result["tasks"][task]) for task in TASKS), *perf_cell])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def _paired_lines(paired: list[dict[str, Any]]) -> list[str]:
-    """A markdown table of paired differences, headed; nothing for a single model."""
-    if not paired:
-        return []
-    lines = [
-        "",
-        (
-            "Paired differences: the first model's values minus the second's on the same papers; an"
-            " interval without 0 is a difference."
-        ),
-        "",
-    ]
-    lines += [f"| | {' | '.join(TASKS)} |", "|---" * 5 + "|"]
-    for row in paired:
-        cells = [
-            _difference_cell(task, row["tasks"][task]) if task in row["tasks"] else "no data"
-            for task in TASKS
-        ]
-        lines.append(f"| {' - '.join(row['models'])} | {' | '.join(cells)} |")
-    return lines
-
-
-def _difference_cell(task: str, found: Mapping[str, Any]) -> str:
-    digits = 3 if task == "clustering" else 2
-    low, high = found["ci95"]
-    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def _column_head(task: str, result: Mapping[str, Any]) -> str:
-    pool = (
-        f" (pool {result['pool']}" + (f", k {result['k']})" if "k" in result else ")")
-        if "pool" in result
-        else ""
-    )
-    return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
-
-
-def _cell(task: str, result: Mapping[str, Any]) -> str:
-    score, digits = result[main_score(task)], 3 if task == "clustering" else 2
-    if score is None:
-        return "no data"
-    return (
-        f"{_number(score, digits)}"
-        f" [{', '.join(_number(bound, digits) for bound in result['ci95'])}]"
-    )
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def markdown(title: str, table: list[str], notes: list[str]) -> str:
-    """The text of benchmark.md."""
-    return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
-
-
-def notes_on(report: Mapping[str, Any]) -> list[str]:
-    """What a reader of a table must know: data, sizes, left-out papers, missing tasks."""
-    tasks = report["tasks"]
-    notes = [
-        f"{report['n_papers']} papers of {report['eval_file']}; mean ranks and purity with"
-        f" bootstrap 95% intervals over papers ({RESAMPLES} resamples)."
-    ]
-    notes += [
-        f"{name}: no data, {task['reason']}." for name, task in tasks.items() if "reason" in task
-    ]
-    notes += [
-        f"{name}: {task['left_out']} papers left out."
-        for name, task in tasks.items()
-        if task.get("left_out")
-    ]
-    return notes
 
 
 @dataclass(frozen=True)
@@ -419,10 +286,6 @@ class Command:
     # papers file that one of the models was trained on: its papers are left out for all models; may
     # be repeated
     trained_on: tuple[str, ...] = ()
-    # also say which pool sizes and k would bring one of the paper's models to its published figures
-    sweep: bool = False
-    # instead of scoring: write the one --model to this new folder as SciRepEval's own code loads it
-    export_scirepeval: str = ""
     output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -433,14 +296,11 @@ class Command:
 def run(command: Command) -> None:
     """Evaluate every named model, print one table, write benchmark.json and benchmark.md."""
     if command.list_models:
-        from baseline_models import list_of_models
+        from semcse.models import list_of_models
 
         print(list_of_models())
         return
     _check(command)
-    if command.export_scirepeval:
-        export_scirepeval(_load(command.model[0], command)[0], Path(command.export_scirepeval))
-        return
     papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
     _check_models(command)
     papers, dropped = _without_training_papers(papers, command)
@@ -460,9 +320,7 @@ def run(command: Command) -> None:
     )
     if command.trained_on:
         whole["left_out_as_training_papers"] = dropped
-    table = table_lines(found, perf if len(found) > 2 else None) + _paired_lines(paired)
-    for name in found if command.sweep else ():
-        table += _sweep_lines(name, found[name]["fit"], _published(name), len(papers))
+    table = table_lines(found, perf if len(found) > 2 else None) + paired_lines(paired)
     print("\n".join(table))
     output = Path(command.output_dir)
     notes = notes_on(next(iter(found.values()))) + [
@@ -471,100 +329,6 @@ def run(command: Command) -> None:
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
-
-
-def fit_protocol(
-    encoder: Encoder,
-    papers: list[Paper],
-    evaluation: Evaluation,
-    published: Mapping[str, float],
-    seed: int,
-) -> dict[str, Any]:
-    """What the unknowns of the paper's protocol would have to be for `encoder` to reach its
-    published figures on these papers [ours].
-
-    A random pool of n of the N candidates has the expected mean rank 1 + (mean rank - 1)(n - 1) /
-    (N - 1), so a published mean rank implies a pool size. The ranking tasks share their pool: the
-    closer their implied sizes, the likelier data and halving rule are the paper's. Clustering is
-    scored for several k. Both are done for abstracts, and for title and abstract together where a
-    text stands for the paper (query and clustering).
-
-    Args:
-        encoder: the published checkpoint.
-        papers: the evaluation papers.
-        evaluation: of `encoder` on them.
-        published: task -> published main score.
-        seed: as `evaluate`.
-
-    Returns:
-        text form -> {"implied_pool": {task: candidates}, "purity": {k: purity}, "nearest_k": the k
-            whose purity is closest to the published one}.
-    """
-    joined = [
-        dataclasses.replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers
-    ]
-    forms = {
-        "abstract": (evaluation, TASKS[:3]),
-        "title + abstract": (evaluate(encoder, joined, seed, "title + abstract"), ("query",)),
-    }
-    found: dict[str, Any] = {}
-    for form, (scored, tasks) in forms.items():
-        have = {
-            task: scored.report["tasks"][task]
-            for task in tasks
-            if scored.report["tasks"][task]["mean_rank"] is not None
-        }
-        pools = {
-            task: implied_pool(one["mean_rank"], one["pool"], published[task])
-            for task, one in have.items()
-        }
-        swept = {
-            k: _clustering(
-                scored.abstracts, [paper.field for paper in papers], encoder.usage.metric, seed, k
-            )[0]
-            for k in SWEPT_K
-        }
-        purities = {k: float(one["purity"]) for k, one in swept.items() if "purity" in one}
-        gaps = {k: abs(purity - published["clustering"]) for k, purity in purities.items()}
-        found[form] = {
-            "implied_pool": pools,
-            "purity": purities,
-            "nearest_k": min(gaps, key=lambda k: gaps[k], default=None),
-        }
-    return found
-
-
-def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
-    """Candidates among which a model with this mean rank in `pool` is expected to have the
-    published one; None for a perfect model, which has it in no pool.
-    """
-    return 1 + (published - 1) * (pool - 1) / (mean_rank - 1) if mean_rank > 1 else None
-
-
-def _sweep_lines(
-    name: str, fits: Mapping[str, Any], published: Mapping[str, float], papers: int
-) -> list[str]:
-    """The findings of `fit_protocol` in words."""
-    row = ", ".join(f"{task} {score}" for task, score in published.items())
-    lines = [
-        "",
-        (
-            f"{name}: pool sizes and k that would bring it to its published figures ({row});"
-            f" {papers} papers here."
-        ),
-        "",
-    ]
-    for form, fit in fits.items():
-        pools = ", ".join(
-            f"{task} {'any' if pool is None else round(pool)}"
-            for task, pool in fit["implied_pool"].items()
-        )
-        purities = ", ".join(f"{k}: {purity:.3f}" for k, purity in fit["purity"].items())
-        lines.append(
-            f"- {form}: implied pool: {pools or 'no data'}; purity by k: {purities or 'no data'};"
-            f" closest to the published: k {fit['nearest_k']}."
-        )
-    return lines
 
 
 def _without_training_papers(
@@ -602,30 +366,24 @@ def _check(command: Command) -> None:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
     if command.max_length is not None and command.max_length < 3:
         raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
-    if command.export_scirepeval and len(command.model) > 1:
-        raise UserError("--export-scirepeval writes one model", "give one --model")
-    if command.export_scirepeval and Path(command.export_scirepeval).exists():
-        raise UserError(
-            f"--export-scirepeval {command.export_scirepeval}: exists", "name a new folder"
-        )
-    files.check_output_folder(Path(command.output_dir))
+    run_folder.check_output_folder(Path(command.output_dir))
 
 
 def _check_models(command: Command) -> None:
     """Refuse unknown, contradicted and repeated models before the first is evaluated."""
-    from baseline_models import Wanted, find_recipe, usage_of
+    from semcse.models import find_recipe, usage_of
 
     places: dict[str, str] = {}
     for name in command.model:
         usage_of(
             name,
-            Wanted(command.pooling, command.metric, command.max_length),
-            Settings(trust_remote_code=command.trust_remote_code),
+            command.pooling,
+            command.metric,
+            command.max_length,
+            trust_remote_code=command.trust_remote_code,
         )
         recipe = find_recipe(name)
         place = recipe.hub_id if recipe else str(Path(name))
-        if command.sweep:
-            _published(name)
         if place in places:
             raise UserError(
                 f"--model {name} and --model {places[place]} are the same", "name each model once"
@@ -637,83 +395,33 @@ def _evaluate_named(
     name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]
 ) -> dict[str, Any]:
     """One model's object of benchmark.json; its ranks and purities go into `per_paper`."""
-    encoder, origins = _load(name, command)
+    encoder = _load(name, command)
     evaluation = evaluate(encoder, papers, command.seed, name)
     per_paper[name] = evaluation.per_paper
-    result = describe(encoder, command.eval_file, evaluation, origins, command.seed)
-    if command.sweep:
-        result["fit"] = fit_protocol(encoder, papers, evaluation, _published(name), command.seed)
+    result = describe(encoder, command.eval_file, evaluation, command.seed)
     return result
 
 
-def _load(name: str, command: Command) -> tuple[Encoder, dict[str, str]]:
-    """(the model as the command line asks for it, where each part of its usage was read)."""
-    from baseline_models import Wanted, load_model
+def _load(name: str, command: Command) -> Encoder:
+    """The model as the command line asks for it."""
+    from semcse.models import load_model
 
-    settings = Settings(device=command.device, trust_remote_code=command.trust_remote_code)
-    return load_model(name, Wanted(command.pooling, command.metric, command.max_length), settings)
-
-
-def export_scirepeval(encoder: Encoder, folder: Path) -> None:
-    """Write `folder`/model and `folder`/tokenizer, which SciRepEval's own code loads; it pools by
-    CLS or mean and ranks by Euclidean distance.
-
-    Raises:
-        UserError: the model is used in a way that this code does not know, so that its scores there
-            would not be the model's.
-    """
-    theirs = {
-        "metric": "euclidean",
-        "max_length": 512,
-        "query_prompt": "",
-        "document_prompt": "",
-        "normalize": False,
-    }
-    other = [
-        f"{key} is {value!r}"
-        for key, value in dataclasses.asdict(encoder.usage).items()
-        if theirs.get(key, value) != value
-    ]
-    other += [
-        f"its tokenizer has no {token}"
-        for token in ("sep_token", "pad_token")
-        if getattr(encoder.tokenizer, token) is None
-    ]
-    if other:
-        raise UserError(
-            f"model {encoder.name} cannot be exported for SciRepEval: {other[0]}",
-            "use the wrapper in docs/other_harnesses.md",
-        )
-    with files.atomic_path(folder) as partial:
-        encoder.save(partial / "model", base=encoder.name)
-        (partial / "tokenizer").mkdir()
-        for file in (partial / "model").glob("*token*.json"):
-            shutil.copy(file, partial / "tokenizer")
-    log.info(
-        "wrote %s; in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s",
-        folder,
-        folder.resolve(),
-        encoder.usage.pooling,
+    return load_model(
+        name,
+        command.pooling,
+        command.metric,
+        command.max_length,
+        device=command.device,
+        trust_remote_code=command.trust_remote_code,
     )
-
-
-def _published(name: str) -> dict[str, float]:
-    """The paper's figures of one of its models, by task. UserError: the paper has none for it."""
-    from baseline_models import RECIPES, find_recipe
-
-    recipe = find_recipe(name)
-    if recipe is None or recipe.published is None:
-        known = ", ".join(key for key, one in RECIPES.items() if one.published)
-        raise UserError(f"--sweep: {name} is not in the paper's table", f"sweep one of {known}")
-    return dict(zip(TASKS, recipe.published, strict=True))
 
 
 def main() -> None:
     """The script: parse, then run."""
-    command = files.parse_command_line(Command, None, Command())
-    files.log_to_stderr()
+    command = command_line.parse_command_line(Command, None, Command())
+    command_line.log_to_stderr()
     run(command)
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

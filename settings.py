@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import files
+from semcse import command_line, errors
+from semcse.types import Device, Metric, Pooling, Precision
 
-Metric = Literal["euclidean", "cosine"]
-Pooling = Literal["cls", "mean"]
 Loss = Literal["triplet", "infonce"]
 Profile = Literal["quickstart", "paper"]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -126,11 +123,6 @@ PAPER_DATA = (
     " README, Reproduce"
 )
 
-# Settings that may differ between a run and its continuation: they do not change what is computed.
-FREE_ON_RESUME = frozenset(
-    {"resume", "output_dir", "log_every", "skip_invalid", "keep_checkpoints"}
-)
-
 
 def default_settings(profile: Profile) -> Settings:
     """The default lines with a profile's block applied."""
@@ -143,7 +135,7 @@ def parse_settings(args: Sequence[str] | None = None) -> Settings:
     """
     words = list(sys.argv[1:] if args is None else args)
     base = default_settings(_named_profile(words))
-    return complete(files.parse_command_line(Settings, words, base))
+    return complete(command_line.parse_command_line(Settings, words, base))
 
 
 def _named_profile(words: list[str]) -> Profile:
@@ -218,6 +210,6 @@ def complete(settings: Settings) -> Settings:
 
 def _check(name: str, good: bool, need: str) -> None:
     if not good:
-        raise files.UserError(
+        raise errors.UserError(
             f"setting --{name.replace('_', '-')} is out of range", f"give a value that is {need}"
         )

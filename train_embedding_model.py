@@ -26,29 +26,111 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import checkpoints
-import files
-from encoder import Encoder, uses_bf16
-from files import Journal, RunError, StopSignal, UserError
-from load_data import (
-    Paper,
-    SeenPapers,
-    batch_pairs,
-    drop_seen,
-    read_papers,
-    split_validation,
-    steps_per_epoch,
-    trainable,
-)
-from packed import parts, sparse_gradients
-from parallel import ALONE, Group
-from settings import Settings
-from similarity import LossValues, contrastive_loss, ranks, spread
+from load_data import batch_pairs, steps_per_epoch
+from semcse import checkpoints, errors
+from semcse.command_line import StopSignal
+from semcse.distances import distances, ranks
+from semcse.distributed import ALONE, Group
+from semcse.encoder import Encoder, uses_bf16
+from semcse.errors import RunError
+from semcse.files import Journal
+from semcse.packed import parts, sparse_gradients
+from semcse.papers import Paper
+from semcse.types import Metric
+from settings import Loss, Settings
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LossValues:
+    """A batch's loss (scalar with gradient) and what the log shows of it (floats without)."""
+
+    loss: Tensor
+    positive_distance: float
+    negative_distance: float
+    # triplet: share of hinges above zero; InfoNCE: share of anchors whose positive is not the
+    # nearest text
+    active_share: float
+
+
+def contrastive_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    metric: Metric,
+    loss: Loss,
+    margin: float,
+    temperature: float,
+) -> LossValues:
+    """The batch's loss over all 2n texts, both texts of a pair as anchors. anchors, positives: (n,
+    d), n >= 2.
+
+    `margin` is in units of the metric's distance and used by "triplet"; `temperature` likewise and
+    used by "infonce".
+    """
+    texts = torch.cat([anchors, positives])
+    n = len(anchors)
+    all_distances = distances(texts, texts, metric)
+    rows = torch.arange(2 * n, device=texts.device)
+    to_positive = all_distances[rows, (rows + n) % (2 * n)]
+    is_negative = (rows[:, None] - rows[None, :]) % n != 0  # another paper's text
+    if loss == "triplet":
+        value, active = _triplet(all_distances, to_positive, is_negative, margin)
+    else:
+        value, active = _info_nce(all_distances, to_positive, is_negative, temperature)
+    with torch.no_grad():
+        return LossValues(
+            value,
+            to_positive.mean().item(),
+            all_distances[is_negative].mean().item(),
+            active.item(),
+        )
+
+
+def _triplet(
+    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    """max(0, d(a, p) - d(a, n) + margin), plain mean over every (anchor, in-batch negative), zeros
+    included [METHOD: analogue].
+    """
+    hinges = functional.relu(to_positive[:, None] - all_distances + margin)[is_negative]
+    return hinges.mean(), (hinges > 0).float().mean()
+
+
+def _info_nce(
+    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """-log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over negatives exp(-d(a, n) / t)) ), mean
+    over the 2n anchors.
+
+    With the cosine distance this is the usual InfoNCE on cosine similarity: the constant 1 in 1 -
+    cos cancels.
+    """
+    logits = (-all_distances / temperature).masked_fill(~is_negative, -torch.inf)
+    positive = -to_positive / temperature
+    everything = torch.logsumexp(torch.cat([positive[:, None], logits], dim=1), dim=1)
+    return (everything - positive).mean(), (logits.amax(dim=1) >= positive).float().mean()
+
+
+def spread(vectors: Tensor) -> float:
+    """Root mean squared distance to the mean vector over the root mean square length, in [0, 1]:
+    near 0 means the embeddings have collapsed.
+    """
+    vectors = vectors.detach().float()
+    centred = vectors - vectors.mean(dim=0)
+    return (
+        (
+            centred.square().sum(dim=1).mean()
+            / vectors.square().sum(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        )
+        .sqrt()
+        .item()
+    )
+
 
 EMA = 0.98  # weight of the past in the smoothed loss
 
@@ -63,43 +145,6 @@ class Progress:
     best_rank: float = math.inf  # validation: mean rank of the partner summary
     best_loss: float = math.inf  # validation loss, which decides between equal ranks
     validations_since_best: int = 0
-
-
-def read_training_papers(
-    settings: Settings, evaluation: list[Paper]
-) -> tuple[list[Paper], list[Paper]]:
-    """(papers to train on, held-out papers to choose the checkpoint by), none of them in the
-    evaluation file.
-
-    Raises:
-        UserError: see `load_data.read_papers` and `load_data.split_validation`.
-    """
-    papers, dropped = drop_seen(
-        read_papers(settings.train_file, ("summaries",), settings.skip_invalid),
-        SeenPapers(evaluation),
-    )
-    if dropped:
-        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
-        log.info(
-            "dropped %d training papers that stand in %s (%s)",
-            dropped.total(),
-            settings.eval_file,
-            reasons,
-        )
-    papers = trainable(papers)
-    if len(papers) < 4:
-        raise UserError(
-            f"{settings.train_file}: {len(papers)} papers with two different summaries are too few"
-            " to train and validate on",
-            "give at least four",
-        )
-    train, held_out = split_validation(
-        papers, settings.validation_share, settings.validation_papers, settings.seed
-    )
-    log.info(
-        "%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out)
-    )
-    return train, held_out
 
 
 def train(
@@ -203,7 +248,7 @@ class _Trainer:
         )
         with logging_redirect_tqdm(), bar:
             while self._goes_on(stop):
-                with files.memory_named(
+                with errors.memory_named(
                     "--texts-at-once (0 is all), --batch-size or --train-max-length"
                 ):
                     values, row = self._step(meter)

@@ -19,7 +19,8 @@ from transformers import DebertaV2Config, DebertaV2Model
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from encoder import Encoder, Usage, find_model, load_encoder  # noqa: E402
+from semcse.encoder import Encoder, Usage
+from semcse.model_folder import find_model, load_encoder
 
 MINILM = "all-MiniLM-L6-v2"
 # DeBERTa-v3-base's shape, which SciDeBERTa is taken to have; weights are random, which changes no

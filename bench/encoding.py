@@ -28,8 +28,10 @@ from common import (
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from encoder import Encoder, find_model
-from semantic_benchmark import evaluate, main_score, read_evaluation_papers
+from semantic_benchmark import evaluate, read_evaluation_papers
+from semcse.encoder import Encoder
+from semcse.model_folder import find_model
+from semcse.tables import main_score
 
 OPENVINO = ROOT / ".venv-openvino" / "bin" / "python"
 

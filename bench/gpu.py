@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from common import ROOT, deberta_folder, linear_operations, smallest_cosine, texts
 
-import files
-from encoder import Encoder, Usage, load_encoder
-from similarity import contrastive_loss
+from semcse import files, run_folder
+from semcse.encoder import Encoder, Usage
+from semcse.model_folder import load_encoder
+from train_embedding_model import contrastive_loss
 
 
 def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
@@ -149,7 +150,7 @@ def main() -> None:
     device = torch.device(wanted.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     rows = [
-        row | {"hardware": name, "versions": files.versions()}
+        row | {"hardware": name, "versions": run_folder.versions()}
         for row in measure(device, wanted.peak and wanted.peak * 1e12)
     ]
     files.write_json(ROOT / "bench" / "results_gpu.json", rows)

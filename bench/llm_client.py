@@ -27,9 +27,11 @@ import openai
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import StopSignal  # noqa: E402
-from generate_train_summaries import SYSTEM, VIEWS  # noqa: E402
-from language_model import Answers, Flags, Job, Prompt, Run  # noqa: E402
+from generate_train_summaries import SYSTEM, VIEWS
+from semcse.command_line import StopSignal
+from semcse.generation import Answers, Run
+from semcse.llm import Flags
+from semcse.quality_gate import Job, Prompt
 
 CONCURRENCY, LATENCY = 256, 0.2
 OURS, THEIRS = 40 * CONCURRENCY, 6 * CONCURRENCY  # requests; the peer is slower and needs fewer

@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn import functional
 
-from similarity import nearest, ranks
+from semcse.distances import nearest, ranks
 
 N, D, K = 100_000, 384, 10
 BLOCK = 256

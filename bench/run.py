@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from common import ROOT, gemm_peak
 
-import files
+from semcse import files, run_folder
 
 PARTS = ("training", "encoding", "ranking", "startup", "llm")
 
@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
         "bf16_units": units,
         "threads": torch.get_num_threads(),
         "gemm_gflops": peaks,
-        "versions": files.versions(),
+        "versions": run_folder.versions(),
     }
 
 

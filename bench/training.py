@@ -28,9 +28,9 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import TrainerCallback
 
-from encoder import find_model
-from load_data import Paper
-from parallel import ALONE
+from semcse.distributed import ALONE
+from semcse.model_folder import find_model
+from semcse.papers import Paper
 from settings import Settings, complete
 from train_embedding_model import _Meter, _Trainer
 

@@ -1,5 +1,5 @@
 """Faults done on purpose to generating, embedding and reading, for the tests and for
-docs/torture.py; killing.py does those to training.
+tools/torture.py; killing.py does those to training.
 
 Each trial takes a writable folder (what trials share is made in it once, so give all trials the
 same one, not at once) and a seed, and returns {"fault": str, "recovered": bool, "detail": str}, as
@@ -40,9 +40,9 @@ from hostile import (
     nasty_papers,
 )
 
-import files
 from generate_train_summaries import VIEWS
-from load_data import read_papers
+from semcse import errors
+from semcse.papers import read_papers
 
 Trial = dict[str, Any]
 PAPERS = 30
@@ -408,7 +408,7 @@ def bad_input(folder: Path, number: int) -> Trial:
         try:
             papers = list(read_papers(path, NEEDED))
             wrong = f"{len(papers)} papers were read"
-        except files.UserError as error:
+        except errors.UserError as error:
             wrong = "" if what in str(error) else f"the reader said: {error}"
         # As another user the script could not start; without a title or summaries the generators
         # do.

@@ -2,7 +2,7 @@
 right, each with what must come of it.
 
 test_load_data.py holds them against the papers reader, test_hostile.py against the scripts,
-docs/torture.py counts them.
+tools/torture.py counts them.
 """
 
 from __future__ import annotations

@@ -124,10 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     def on_preupload(self, repo: Repo, _: list[str], content: bytes) -> None:
         found = [
             one
-            | {
-                "uploadMode": "lfs" if one["size"] > LFS_FROM else "regular",
-                "shouldIgnore": False,
-            }
+            | {"uploadMode": "lfs" if one["size"] > LFS_FROM else "regular", "shouldIgnore": False}
             for one in json.loads(content)["files"]
         ]
         for one in found:

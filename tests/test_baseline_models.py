@@ -23,7 +23,10 @@ from sentence_transformers.sentence_transformer import modules as st_modules
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from baseline_models import (
+from semcse.encoder import AnyPooling, Encoder, Usage
+from semcse.errors import UserError
+from semcse.model_folder import find_model, load_encoder, read_sentence_transformers
+from semcse.models import (
     MAKE_ENVIRONMENT,
     RECIPES,
     Recipe,
@@ -34,9 +37,8 @@ from baseline_models import (
     load_model,
     usage_of,
 )
-from encoder import AnyPooling, Encoder, Usage, find_model, load_encoder, read_sentence_transformers
-from files import UserError
-from settings import Metric, Settings
+from semcse.types import Metric
+from settings import Settings
 
 TEXTS = [sentence(*range(3)), sentence(*range(30)), "", sentence(4), sentence(*range(2, 50))]
 SETTINGS = Settings(device="cpu", pooling="cls", metric="euclidean", max_length=60)
@@ -527,7 +529,7 @@ def test_a_model_of_the_hub_is_asked_for_at_its_revision(
         asked.append((source, options["revision"]))
         raise OSError("no network")
 
-    monkeypatch.setattr("encoder.AutoTokenizer.from_pretrained", fetch)
+    monkeypatch.setattr("semcse.encoder.AutoTokenizer.from_pretrained", fetch)
     refuses(lambda: load_model(name, Wanted(), SETTINGS), "no network")
     assert asked == [(RECIPES[expected].hub_id, RECIPES[expected].revision)]
 
@@ -541,7 +543,7 @@ def test_an_adapter_of_the_hub_is_asked_for_at_its_own_revision(
         asked.append((hub_id, revision))
         raise OSError
 
-    monkeypatch.setattr("encoder.snapshot_download", fetch)
+    monkeypatch.setattr("semcse.encoder.snapshot_download", fetch)
     monkeypatch.setitem(
         RECIPES,
         "SPECTER2_base",

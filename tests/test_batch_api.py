@@ -24,8 +24,7 @@ from fake_llm_server import FakeServer
 from faults import asked, bare, wait_for
 from test_language_model import Outcome
 
-import batch_api
-import files
+from semcse import batch_api, files
 
 generate = test_language_model.generate  # a fixture
 Generate = Callable[..., Outcome]
@@ -60,10 +59,7 @@ def test_the_output_is_that_of_a_live_run_at_half_the_price(
     """
     source, prices = (
         papers_file([bare(i) for i in range(5)]),
-        {
-            "price_in": 1000.0,
-            "price_out": 10_000.0,
-        },
+        {"price_in": 1000.0, "price_out": 10_000.0},
     )
     with FakeServer() as server, BatchServer() as batches:
         live = generate(source, server.url, output="live.jsonl", **prices)
@@ -457,11 +453,7 @@ def test_the_budget_holds_for_what_is_under_way(generate: Generate, papers_file:
 def test_the_estimate_is_half_of_a_live_one(generate: Generate, papers_file: Papers) -> None:
     source, flags = (
         papers_file([bare(i) for i in range(3)]),
-        {
-            "estimate": True,
-            "price_in": 1e6,
-            "price_out": 1e6,
-        },
+        {"estimate": True, "price_in": 1e6, "price_out": 1e6},
     )
     said = [
         generate(source, "http://127.0.0.1:1/v1", **flags).said,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_training import assert_same_tensors, load, toy_papers
 
-import checkpoints
-from checkpoints import facts_of
-from files import RunError
-from parallel import ALONE
+from semcse import checkpoints
+from semcse.checkpoints import facts_of
+from semcse.distributed import ALONE
+from semcse.errors import RunError
 
 TENSORS = {
     "model/a": torch.tensor([[1.5, -0.0], [float("nan"), 2.0**-140]]),

@@ -24,10 +24,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import collect_papers
-import files
-from collect_papers import Command, collect, objects_with, plain_text, read_bibtex
-from files import RunError, UserError
-from load_data import Paper, read_papers
+from collect_papers import Command, collect
+from semcse import command_line, files, sources
+from semcse.errors import RunError, UserError
+from semcse.papers import Paper, read_papers
+from semcse.sources import objects_with, plain_text, read_bibtex
 
 FIELDS = (
     "Art,Biology,Business,Chemistry,Computer science,Economics,Engineering,Environmental"
@@ -274,7 +275,7 @@ def test_a_repository_with_a_script_is_read_from_its_parquet_branch(
     assert collect_papers.scidocs_fields() == {"a": "Chemistry", "z": "Sociology"}
     assert asked == [("allenai/scirepeval_test", "refs/convert/parquet", "scidocs_mag")]
     with pytest.raises(UserError, match="Dataset scripts are no longer supported"):
-        collect_papers.open_split("allenai/scirepeval_test", "", "train")  # not all configs mixed
+        sources.open_split("allenai/scirepeval_test", "", "train")  # not all configs mixed
 
 
 HARD = [  # id, title, abstract: what spreadsheets, quoting and type guessing like to spoil
@@ -663,7 +664,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(
                 collect(command)
         else:
             assert (
-                files.run_command(lambda: collect(command))
+                command_line.run_command(lambda: collect(command))
                 == {"interrupted": 130, "terminated": 143}[how]
             )
 
@@ -855,7 +856,7 @@ def test_bad_usage_and_input_end_in_one_line_and_write_nothing(
     capfd.readouterr()
     for name, (flags, said) in cases.items():
         monkeypatch.setattr(sys, "argv", ["collect_papers.py", *flags])
-        assert files.run_command(collect_papers.main) == 2, name
+        assert command_line.run_command(collect_papers.main) == 2, name
         # but for the bar
         lines = [
             line
@@ -892,9 +893,9 @@ def test_two_runs_do_not_write_one_file(
         sys, "argv", ["collect_papers.py", "--output", "out.jsonl", "--input", "good.jsonl"]
     )
     with files.lock(hub / ".out.jsonl.lock"):
-        assert files.run_command(collect_papers.main) == 2
+        assert command_line.run_command(collect_papers.main) == 2
     assert "in use by another run" in capfd.readouterr().err
-    assert files.run_command(collect_papers.main) == 0
+    assert command_line.run_command(collect_papers.main) == 0
     assert len(rows_in("out.jsonl")) == 1
 
 

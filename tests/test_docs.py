@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, make_paper, run_script
 
-from baseline_models import Wanted, load_model
-from files import UserError
-from load_data import SeenPapers, read_papers
-from semantic_benchmark import TASKS, evaluate, main_score, read_evaluation_papers
+from semantic_benchmark import evaluate, read_evaluation_papers
+from semcse.errors import UserError
+from semcse.models import Wanted, load_model
+from semcse.near_duplicates import SeenPapers
+from semcse.papers import read_papers
+from semcse.tables import TASKS, main_score
 from settings import Settings
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -37,7 +39,7 @@ def test_the_parts_of_the_split_share_no_paper() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the development papers are not here")
 def test_nothing_of_the_evaluation_stands_in_the_training_file(tmp_path: Path) -> None:
-    done = run_script("docs/development_split.py", "--data", SHARED, "--output-dir", tmp_path)
+    done = run_script("tools/development_split.py", "--data", SHARED, "--output-dir", tmp_path)
     assert (
         done.stdout.strip() == "evaluation 1100, validation 500, more_validation 1300, train 2895"
     ), done.stderr

@@ -21,12 +21,10 @@ import pytest
 import torch
 from conftest import ROOT, make_paper, run_script
 
-import baseline_models
 import embed_papers
-import files
-import load_data
-from baseline_models import Recipe, Wanted, load_model
-from encoder import Encoder, Usage
+from semcse import errors, models, papers
+from semcse.encoder import Encoder, Usage
+from semcse.models import Recipe, Wanted, load_model
 from settings import Settings
 
 Write = Callable[..., Path]
@@ -185,7 +183,7 @@ def test_text_is_what_the_flag_or_else_the_recipe_says(
 ) -> None:
     place = shutil.copytree(tiny_bert, tmp_path / "hub")
     monkeypatch.setitem(
-        baseline_models.RECIPES,
+        models.RECIPES,
         "joined",
         Recipe(str(place), Usage("cls", "euclidean", 64), "a test", title_first=True),
     )
@@ -214,7 +212,7 @@ def test_the_separator_is_one_token_and_no_letters(tiny_bert: Path) -> None:
 
 
 def test_recipes_that_join_title_and_abstract() -> None:
-    joined = {name for name, recipe in baseline_models.RECIPES.items() if recipe.title_first}
+    joined = {name for name, recipe in models.RECIPES.items() if recipe.title_first}
     assert joined == {
         "SciBERT",
         "SciDeBERTa",
@@ -295,7 +293,7 @@ def test_never_more_than_a_chunk_is_read_ahead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read, sizes = [0], []
-    parse, run = load_data._parse, Encoder.embed
+    parse, run = papers._parse, Encoder.embed
 
     def counting_parse(*args: Any) -> Any:
         read[0] += 1
@@ -429,20 +427,20 @@ def test_going_on_with_other_settings_model_or_input_is_refused_by_name(
     source, output = papers_file(rows), tmp_path / "v.npy"
     words = ("--model", tiny_bert, "--output", output, "--chunk", "2")
     unfinished(embed, (*words, "--input", source), monkeypatch)
-    with pytest.raises(files.UserError, match=r"max_length was 64, is 20"):
+    with pytest.raises(errors.UserError, match=r"max_length was 64, is 20"):
         embed(*words, "--input", source, "--max-length", "20")
-    with pytest.raises(files.UserError, match=r"text was 'abstract', is 'title'"):
+    with pytest.raises(errors.UserError, match=r"text was 'abstract', is 'title'"):
         embed(*words, "--input", source, "--text", "title")
     other = load(tiny_bert)
     with torch.no_grad():
         next(other.model.parameters())[0, 0] += 1
     other.save(tmp_path / "other", base="tiny")
-    with pytest.raises(files.UserError, match=r"weights was "):
+    with pytest.raises(errors.UserError, match=r"weights was "):
         embed("--model", tmp_path / "other", *words[2:], "--input", source, "--max-length", "64")
     changed = papers_file(
         [rows[0], rows[1] | {"abstract": "another text"}, *rows[2:]], "changed.jsonl"
     )
-    with pytest.raises(files.UserError, match="another input"):
+    with pytest.raises(errors.UserError, match="another input"):
         embed(*words, "--input", changed)
     assert not output.exists()
     # what is not embedded yet may change
@@ -473,7 +471,7 @@ def test_a_damaged_chunk_is_named(
     whole = path.read_bytes()
     for damaged in (whole[:-40], b"", whole[:200] + b"#" + whole[201:]):
         path.write_bytes(damaged)
-        with pytest.raises(files.UserError, match=r"00000001\.npz: cannot be read"):
+        with pytest.raises(errors.UserError, match=r"00000001\.npz: cannot be read"):
             embed(*words)
     path.unlink()
     embed(*words)
@@ -493,14 +491,14 @@ def test_shares_merge_to_what_one_process_writes(
     for share, place in (("1/4", output), ("2/4", elsewhere), ("4/4", elsewhere)):
         embed(*words, "--output", place, "--shard", share)
     shutil.copytree(f"{elsewhere}.parts", f"{output}.parts", dirs_exist_ok=True)
-    with pytest.raises(files.UserError, match=r"lacks share 3 of 4; run --shard 3/4"):
+    with pytest.raises(errors.UserError, match=r"lacks share 3 of 4; run --shard 3/4"):
         embed("--output", output, "--merge", "4")
     other = papers_file([*rows[:-1], rows[-1] | {"abstract": "other"}], "other.jsonl")
     embed(
         "--model", tiny_bert, "--input", other, "--chunk", "2", "--output", output, "--shard", "3/4"
     )
     with pytest.raises(
-        files.UserError, match=r"share-3-of-4\.json had other settings or another input"
+        errors.UserError, match=r"share-3-of-4\.json had other settings or another input"
     ):
         embed("--output", output, "--merge", "4")
     embed(*words, "--output", output, "--shard", "3/4")
@@ -546,7 +544,7 @@ def test_two_runs_on_one_output(
     )
     with (tmp_path / ".v.npy.1-of-1.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(files.UserError, match="in use by another run"):
+        with pytest.raises(errors.UserError, match="in use by another run"):
             embed(*words)
     assert not (tmp_path / "v.npy.parts").exists()
 
@@ -560,9 +558,9 @@ def test_papers_without_the_text(
 ) -> None:
     rows = [make_paper(0), make_paper(1, abstract=" "), make_paper(2, title="")]
     source = papers_file(rows)
-    with pytest.raises(files.UserError, match=r'papers\.jsonl:2: key "abstract" is blank'):
+    with pytest.raises(errors.UserError, match=r'papers\.jsonl:2: key "abstract" is blank'):
         embed("--model", tiny_bert, "--input", source, "--output", tmp_path / "v.npy")
-    with pytest.raises(files.UserError, match=r'papers\.jsonl:3: key "title" is blank'):
+    with pytest.raises(errors.UserError, match=r'papers\.jsonl:3: key "title" is blank'):
         embed(
             "--model",
             tiny_bert,
@@ -582,12 +580,12 @@ def test_papers_without_the_text(
 def test_lines_that_are_no_text(embed: Embed, tiny_bert: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"soil\n\xff\xfe\nriver\n")
     words = ("--model", tiny_bert, "--input", tmp_path / "t.txt", "--output", tmp_path / "v.npy")
-    with pytest.raises(files.UserError, match=r"t\.txt:2: is not UTF-8"):
+    with pytest.raises(errors.UserError, match=r"t\.txt:2: is not UTF-8"):
         embed(*words)
     embed(*words, "--skip-invalid")
     assert [row["id"] for row in rows_of(tmp_path / "v.npy")] == ["1", "3"]
     (tmp_path / "t.txt").write_bytes(b"\n \n")
-    with pytest.raises(files.UserError, match="holds no text"):
+    with pytest.raises(errors.UserError, match="holds no text"):
         embed(*words)
 
 
@@ -610,7 +608,7 @@ def test_command_lines_that_cannot_work(
     words: str, what: str, embed: Embed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(files.UserError, match=what):
+    with pytest.raises(errors.UserError, match=what):
         embed(*words.split())
     assert not list(tmp_path.iterdir())
 

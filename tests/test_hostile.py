@@ -20,13 +20,12 @@ from hostile import BAD_LINES, NASTY, Place, jsonl, nasty_papers
 from test_report import Page
 
 import collect_papers
-import files
 import generate_search_queries
-import language_model
-from load_data import LONGEST_WORD, read_papers
+from load_data import read_training_papers
 from semantic_benchmark import read_evaluation_papers
+from semcse import command_line, generation, llm, quality_gate
+from semcse.papers import LONGEST_WORD, read_papers
 from settings import Settings, complete
-from train_embedding_model import read_training_papers
 
 SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     "train": lambda path, out: read_training_papers(complete(Settings(train_file=str(path))), []),
@@ -34,11 +33,9 @@ SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     "collect": lambda path, out: collect_papers.Collection(
         collect_papers.Command(output=str(out), exclude=(str(path),))
     ),
-    "generate": lambda path, out: language_model.run_job(
-        language_model.Flags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
-        language_model.Job(
-            "query", (generate_search_queries.QUERY,), texts=1, least=1, words=(2, 9)
-        ),
+    "generate": lambda path, out: generation.run_job(
+        llm.Flags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
+        quality_gate.Job("query", (generate_search_queries.QUERY,), texts=1, least=1, words=(2, 9)),
     ),
 }
 
@@ -70,7 +67,9 @@ def test_every_script_refuses_bad_input_in_one_printable_line(
         for name, script in SCRIPTS.items():
             if name in ("collect", "generate") and os.geteuid() != os.getuid():
                 continue  # another user than the folder's, who may not write either
-            code = files.run_command(lambda script=script: script(path, tmp_path / "out.jsonl"))  # type: ignore[misc]
+            code = command_line.run_command(
+                lambda script=script: script(path, tmp_path / "out.jsonl")
+            )  # type: ignore[misc]
             line = capsys.readouterr().err.removesuffix("\n")
             assert line.isprintable()
             if (

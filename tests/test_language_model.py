@@ -30,23 +30,13 @@ from faults import asked, bare, misbehaviour, started, wait_for, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import files
 import generate_search_queries
 import generate_train_summaries
-import language_model
 from generate_train_summaries import VIEWS
-from language_model import (
-    Flags,
-    Job,
-    Prompt,
-    alike,
-    clean,
-    judge,
-    parse_texts,
-    read_answer,
-    retry_after,
-)
-from load_data import Paper, normalise
+from semcse import command_line, files, llm
+from semcse.llm import Flags, read_answer, retry_after
+from semcse.papers import Paper, normalise
+from semcse.quality_gate import Job, Prompt, alike, clean, judge, parse_texts
 
 TASK = "Write one sentence about the main result: as concretely as it can be told."
 JOB = Job(
@@ -473,7 +463,7 @@ def generate(
                 *words,
             ],
         )
-        code = files.run_command(
+        code = command_line.run_command(
             generate_search_queries.main if queries else generate_train_summaries.main
         )
         return Outcome(code, capsys.readouterr().err, path)
@@ -813,7 +803,7 @@ def test_a_short_outage_is_waited_out(
 def test_fewer_requests_at_a_time_after_429_and_slowly_more_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client = language_model.Client(
+    client = llm.Client(
         Flags(Path("a"), Path("b"), ("http://127.0.0.1:1/v1",), "m", concurrency=100)
     )
     now = 1000.0
@@ -1107,10 +1097,9 @@ def test_secrets_are_in_nothing_that_is_said_or_written(
                 "5",
             )
             done = run_script("generate_train_summaries.py", *words, **environment)
-            assert (done.returncode, "Traceback" in done.stderr) == (
-                int(kind != "none"),
-                False,
-            ), done.stderr
+            assert (done.returncode, "Traceback" in done.stderr) == (int(kind != "none"), False), (
+                done.stderr
+            )
             said += done.stdout + done.stderr
         assert server.keys == {f"bearer {KEY}"}
     done = run_script("-c", crash, **environment)

@@ -23,21 +23,11 @@ from hostile import BAD_FILES, BAD_LINES, BAD_PLACES, NASTY, NEEDED, Place, nast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import load_data
-from files import UserError
-from load_data import (
-    TEXT_KEYS,
-    Paper,
-    SeenPapers,
-    batch_pairs,
-    drop_seen,
-    halves,
-    normalise,
-    read_papers,
-    split_validation,
-    steps_per_epoch,
-    trainable,
-)
+from load_data import batch_pairs, split_validation, steps_per_epoch, trainable
+from semantic_benchmark import halves
+from semcse.errors import UserError
+from semcse.near_duplicates import SeenPapers, drop_seen
+from semcse.papers import TEXT_KEYS, Paper, normalise, read_papers
 from settings import PROFILES
 
 

@@ -20,8 +20,9 @@ from conftest import WORDS, sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import RobertaConfig, RobertaModel
 
-from encoder import Usage, load_encoder
-from settings import Metric, Pooling
+from semcse.encoder import Usage
+from semcse.model_folder import load_encoder
+from semcse.types import Metric, Pooling
 
 OLD_PYTHON = os.environ.get("SEMCSE_OLD_PYTHON", "")
 # What a stranger types, in words that old and new versions know. Prints versions, vectors by both
@@ -64,13 +65,7 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special, alphabet = (
-        [
-            "<s>",
-            "<pad>",
-            "</s>",
-            "<unk>",
-            "<mask>",
-        ],
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(

@@ -16,11 +16,14 @@ import torch
 from conftest import ROOT, make_paper, run_script, sentence
 
 import semantic_benchmark
-from encoder import BUNDLED, Encoder, Usage, load_encoder
-from files import UserError, parse_command_line
-from load_data import Paper
 from semantic_benchmark import Command, evaluate
-from settings import Metric, Pooling
+from semcse.command_line import parse_command_line
+from semcse.encoder import Encoder, Usage
+from semcse.errors import UserError
+from semcse.model_folder import BUNDLED, load_encoder
+from semcse.papers import Paper
+from semcse.types import Metric, Pooling
+from tools import scirepeval
 
 sys.path.insert(0, str(ROOT / "docs"))
 scirepeval_average: Any = importlib.import_module("scirepeval_average")
@@ -259,7 +262,7 @@ def test_a_model_that_scirepeval_would_use_otherwise_is_not_exported(
     tiny_deberta: Path, tmp_path: Path, usage: Usage, complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        semantic_benchmark.export_scirepeval(
+        scirepeval.export_scirepeval(
             load_encoder(str(tiny_deberta), usage, "cpu"), tmp_path / "out"
         )
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import packed
+from semcse import packed
 
 SMALL: dict[str, Any] = {
     "vocab_size": 90,

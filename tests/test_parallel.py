@@ -30,11 +30,10 @@ from test_training import (
 )
 from torch import Tensor
 
-import parallel
-from checkpoints import facts_of
-from files import UserError
-from load_data import Paper
-from parallel import ALONE, Group, join
+from semcse.checkpoints import facts_of
+from semcse.distributed import ALONE, Group, join
+from semcse.errors import UserError
+from semcse.papers import Paper
 from settings import Settings
 from train_embedding_model import train
 

@@ -22,13 +22,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from markdown_it import MarkdownIt
 
-import files
 import publish_model
-from encoder import Encoder, Usage, load_encoder
-from files import RunError, UserError
 from publish_model import Command, card, describe, public, publish
-from report import ROWS, read_run
-from semantic_benchmark import TASKS, main_score
+from semcse import files
+from semcse.encoder import Encoder, Usage
+from semcse.errors import RunError, UserError
+from semcse.model_folder import load_encoder
+from semcse.report import read_run
+from semcse.tables import ROWS, TASKS, main_score
 
 SECRET = "hf_PlantedSecretThatNobodyMayRead"
 TEXTS = ["first abstract", "second abstract"]
@@ -368,12 +369,7 @@ def test_only_hub_ids_are_taken_for_hub_ids(
     assert [
         public(name)
         for name in ("allenai/specter", "runs/llm", "/home/me/models/x", "all-MiniLM-L6-v2")
-    ] == [
-        "allenai/specter",
-        "llm",
-        "x",
-        "all-MiniLM-L6-v2",
-    ]
+    ] == ["allenai/specter", "llm", "x", "all-MiniLM-L6-v2"]
 
 
 def spoil_pooling(run: Path) -> None:

@@ -20,12 +20,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import files
-import report
-from files import UserError
-from load_data import Paper
-from semantic_benchmark import TASKS, main_score
-from settings import Metric, Settings, complete
+from semcse import files, report, tables
+from semcse.errors import UserError
+from semcse.papers import Paper
+from semcse.tables import TASKS, main_score
+from semcse.types import Metric
+from settings import Settings, complete
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -106,13 +106,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         name: str = "one",
         metric: Metric = "euclidean",
         eval_file: str = "eval.jsonl",
-        maps: tuple[str, ...] = tuple(report.ROWS),
+        maps: tuple[str, ...] = tuple(tables.ROWS),
     ) -> Path:
         folder = tmp_path / name
         settings = dataclasses.asdict(complete(Settings(metric=metric, eval_file=eval_file)))
         facts = {"settings": settings, "versions": {"torch": "2"}, "papers": {"train": 77}}
         files.write_json(folder / "settings.json", facts)
-        for seed, stem in enumerate(report.ROWS):
+        for seed, stem in enumerate(tables.ROWS):
             files.write_json(
                 folder / f"{stem}.json",
                 result_of(stem, "cosine" if stem == "recipe" else metric, eval_file),
@@ -236,7 +236,7 @@ def test_page_has_the_files_numbers_and_brute_force_neighbours(
 ) -> None:
     folder = make_run(metric=metric)
     page = Page(report.make(folder))
-    results = [json.loads((folder / f"{stem}.json").read_text()) for stem in report.ROWS]
+    results = [json.loads((folder / f"{stem}.json").read_text()) for stem in tables.ROWS]
     assert [row[1:] for row in page.tables[0][1:]] == score_rows(results)
     assert "pool 40, lower is better" in page.text
     assert "weights of step 10 kept" in page.text
@@ -321,7 +321,7 @@ def test_page_without_vectors_or_with_few_papers_says_so(make_run: Callable[...,
 
 def test_a_task_without_data_is_named_on_page_and_picture(make_run: Callable[..., Path]) -> None:
     folder = make_run(maps=())
-    for stem in report.ROWS:
+    for stem in tables.ROWS:
         result = json.loads((folder / f"{stem}.json").read_text())
         result["tasks"]["query"] = {
             "mean_rank": None,

@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from load_data import SeenPapers, drop_seen, halves, normalise, read_papers, trainable
+from load_data import trainable
+from semantic_benchmark import halves
+from semcse.near_duplicates import SeenPapers, drop_seen
+from semcse.papers import normalise, read_papers
 
 Row = dict[str, Any]
 Sample = dict[str, list[Row]]  # file name -> its rows

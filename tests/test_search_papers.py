@@ -18,13 +18,13 @@ import torch
 from conftest import ROOT, make_paper
 
 import embed_papers
-import files
 import search_papers
-import similarity
-from baseline_models import Wanted, load_model
-from encoder import Usage
-from settings import Metric, Settings
-from similarity import nearest, nearest_streamed
+from semcse import errors
+from semcse.distances import nearest, nearest_streamed
+from semcse.encoder import Usage
+from semcse.models import Wanted, load_model
+from semcse.types import Metric
+from settings import Settings
 
 Search = Callable[..., str]
 METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
@@ -246,7 +246,7 @@ def test_texts_are_embedded_as_the_metadata_say(
             far.flatten().tolist(), rel=1e-6, abs=1e-9
         )
     shutil.move(tmp_path / "model", tmp_path / "moved")
-    with pytest.raises(files.UserError, match=r"no such folder.*--model"):
+    with pytest.raises(errors.UserError, match=r"no such folder.*--model"):
         search("--vectors", path, "--query", "market theory")
     assert (
         search(
@@ -268,7 +268,7 @@ def test_a_model_of_another_dimension_is_refused(
     search: Search, tiny_bert: Path, tmp_path: Path
 ) -> None:
     path = store(tmp_path, POINTS, list("abcd"))
-    with pytest.raises(files.UserError, match="gives 32 numbers a text, not 2"):
+    with pytest.raises(errors.UserError, match="gives 32 numbers a text, not 2"):
         search("--vectors", path, "--query", "soil", "--model", tiny_bert)
 
 
@@ -284,26 +284,26 @@ def test_parquet_gives_the_same_answer(search: Search, tiny_bert: Path, tmp_path
 
 def test_files_that_do_not_belong_together(search: Search, tmp_path: Path) -> None:
     path = store(tmp_path, POINTS, list("abc"))
-    with pytest.raises(files.UserError, match="holds 4 vectors, but 3 ids"):
+    with pytest.raises(errors.UserError, match="holds 4 vectors, but 3 ids"):
         search("--vectors", path, "--id", "p0")
-    with pytest.raises(files.UserError, match=r"no such paper"):
+    with pytest.raises(errors.UserError, match=r"no such paper"):
         search("--vectors", store(tmp_path, POINTS, list("abcd")), "--id", 'p"0')
     for wrong in ({"rows": 5}, {"dimension": 3}, {"metric": None, "rows": None}):
-        with pytest.raises(files.UserError, match=r"is not what v\.npy\.json describes"):
+        with pytest.raises(errors.UserError, match=r"is not what v\.npy\.json describes"):
             search("--vectors", store(tmp_path, POINTS, list("abcd"), **wrong), "--id", "p0")
     path.with_name("v.npy.json").write_text('{"rows": 4, "dimension": 2}')
-    with pytest.raises(files.UserError, match=r"is not what v\.npy\.json describes"):
+    with pytest.raises(errors.UserError, match=r"is not what v\.npy\.json describes"):
         search("--vectors", path, "--id", "p0")
     path.with_name("v.npy.json").unlink()
-    with pytest.raises(files.UserError, match=r"v\.npy\.json: no such file"):
+    with pytest.raises(errors.UserError, match=r"v\.npy\.json: no such file"):
         search("--vectors", path, "--id", "p0")
     path = store(tmp_path, POINTS, list("abcd"))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(files.UserError, match=r"v\.npy: cannot be read"):
+    with pytest.raises(errors.UserError, match=r"v\.npy: cannot be read"):
         search("--vectors", path, "--id", "p0")
     store(tmp_path, POINTS, list("abcd")).rename(tmp_path / "v.parquet")
     (tmp_path / "v.npy.json").rename(tmp_path / "v.parquet.json")
-    with pytest.raises(files.UserError, match=r"v\.parquet: cannot be read"):
+    with pytest.raises(errors.UserError, match=r"v\.parquet: cannot be read"):
         search("--vectors", tmp_path / "v.parquet", "--id", "p0")
 
 
@@ -311,7 +311,7 @@ def test_files_that_do_not_belong_together(search: Search, tmp_path: Path) -> No
     "words", ["--query x", "--vectors v.npy", "--vectors v.npy --query x -k 0"]
 )
 def test_command_lines_that_cannot_work(words: str, search: Search) -> None:
-    with pytest.raises(files.UserError, match="missing"):
+    with pytest.raises(errors.UserError, match="missing"):
         search(*words.split())
 
 

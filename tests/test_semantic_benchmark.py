@@ -18,27 +18,18 @@ from conftest import ROOT, WORDS, make_paper, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import files
 import semantic_benchmark
-from baseline_models import RECIPES, Wanted, list_of_models, load_model, usage_of
-from encoder import BUNDLED, Embedded, Encoder, Usage, find_model, load_encoder
-from load_data import Paper, read_papers
-from semantic_benchmark import (
-    TASKS,
-    Command,
-    Evaluation,
-    Values,
-    bootstrap_interval,
-    describe,
-    evaluate,
-    implied_pool,
-    main_score,
-    notes_on,
-    paired_difference,
-    perf_scores,
-    table_lines,
-)
-from settings import Metric, Pooling, Settings
+from semantic_benchmark import Command, Evaluation, describe, evaluate, perf_scores
+from semcse import command_line, errors
+from semcse.bootstrap import Values, bootstrap_interval, paired_difference
+from semcse.encoder import Embedded, Encoder, Usage
+from semcse.model_folder import BUNDLED, find_model, load_encoder
+from semcse.models import RECIPES, Wanted, list_of_models, load_model, usage_of
+from semcse.papers import Paper, read_papers
+from semcse.tables import TASKS, main_score, notes_on, table_lines
+from semcse.types import Metric, Pooling
+from settings import Settings
+from tools.protocol_sweep import implied_pool
 
 # -- Perf
 # ----------------------------------------------------------------------------------------------------------------------------------------------------
@@ -737,7 +728,7 @@ def rows_of_counted_words(papers: int = 24) -> list[dict[str, Any]]:
 
 def refusal(*words: str | Path) -> str:
     """The one-line error of the command, which must be one of bad usage or input."""
-    with pytest.raises(files.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         run_here(*words)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
@@ -747,7 +738,7 @@ def refusal(*words: str | Path) -> str:
 def run_here(*words: str | Path) -> None:
     """The command in this process: parse and run."""
     semantic_benchmark.run(
-        files.parse_command_line(Command, [str(word) for word in words], Command())
+        command_line.parse_command_line(Command, [str(word) for word in words], Command())
     )
 
 
@@ -796,12 +787,7 @@ def test_one_model_gives_the_single_object_and_the_table(
     ]
     assert {
         key: report["settings"][key] for key in ("metric", "pooling", "max_length", "seed")
-    } == {
-        "metric": "euclidean",
-        "pooling": "cls",
-        "max_length": 64,
-        "seed": 3,
-    }
+    } == {"metric": "euclidean", "pooling": "cls", "max_length": 64, "seed": 3}
     assert report["settings"]["read_from"] == {
         "pooling": "settings",
         "metric": "settings",

@@ -21,13 +21,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from conftest import ROOT, run_script
 
-from files import UserError, run_command
+from semcse.command_line import run_command
+from semcse.errors import UserError
+from semcse.types import Metric
 from settings import (
     FREE_ON_RESUME,
     MARGINS,
     PROFILES,
     TEMPERATURES,
-    Metric,
     Profile,
     Settings,
     complete,

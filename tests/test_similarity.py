@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import similarity
-from settings import Loss, Metric
-from similarity import contrastive_loss, distances, nearest, ranks, spread
+from semcse import distances
+from semcse.distances import distances, nearest, ranks
+from semcse.types import Metric
+from settings import Loss
+from train_embedding_model import contrastive_loss, spread
 
 METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
 LOSSES: tuple[Loss, ...] = ("triplet", "infonce")
@@ -368,7 +370,7 @@ def vector_sets(draw_one: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def blocks(
-    rows: int, columns: int, bf16: bool | None = None, few: int = similarity.FEW
+    rows: int, columns: int, bf16: bool | None = None, few: int = distances.FEW
 ) -> Iterator[None]:
     """Blocks of another size; products first in bf16 or not, whatever the hardware; at most one in
     `few` scores left in doubt by it, 0: any number.

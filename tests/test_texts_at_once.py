@@ -15,10 +15,9 @@ from test_training import assert_same_tensors, load, make_settings, toy_papers, 
 from torch import Tensor, nn
 
 from load_data import batch_pairs
-from packed import parts
-from parallel import ALONE
-from similarity import contrastive_loss
-from train_embedding_model import _Trainer
+from semcse.distributed import ALONE
+from semcse.packed import parts
+from train_embedding_model import _Trainer, contrastive_loss
 
 BATCH = 12
 

@@ -15,10 +15,12 @@ from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 from sklearn.neighbors import NearestNeighbors
 
-from baseline_models import Wanted, load_model
-from encoder import BUNDLED, Embedded, find_model
-from load_data import Paper, read_papers
-from semantic_benchmark import TASKS, evaluate, main_score
+from semantic_benchmark import evaluate
+from semcse.encoder import Embedded
+from semcse.model_folder import BUNDLED, find_model
+from semcse.models import Wanted, load_model
+from semcse.papers import Paper, read_papers
+from semcse.tables import TASKS, main_score
 from settings import Settings
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the development papers are not here")

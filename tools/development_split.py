@@ -1,7 +1,7 @@
 """Cut the development papers into files to train on, to choose settings by, and to report on. Only
 the ids are in this repository (development_ids.json).
 
-    python docs/development_split.py --data FOLDER --output-dir runs/development
+    python tools/development_split.py --data FOLDER --output-dir runs/development
 
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
     evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine
@@ -27,8 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import files
-from load_data import Paper, SeenPapers, drop_seen, read_papers
+from semcse import command_line, files
+from semcse.near_duplicates import SeenPapers, drop_seen
+from semcse.papers import Paper, read_papers
 
 IDS = Path(__file__).with_name("development_ids.json")
 DEFINITIONS = 1_500
@@ -91,7 +92,7 @@ def write(path: Path, papers: Iterable[Paper]) -> int:
 
 def main() -> None:
     """Read, cut, write, and say the sizes."""
-    command = files.parse_command_line(Command, None, Command())
+    command = command_line.parse_command_line(Command, None, Command())
     data, output = Path(command.data), Path(command.output_dir)
     papers = list(read_papers(data / "papers_dev.jsonl.gz", ("title", "abstract")))
     ids = files.read_json(IDS)
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -1,8 +1,8 @@
 """Does every kind of fault to the scripts, again and again, and writes how often they recovered:
 docs/reliability.md (`make torture`, within 40 minutes).
 
-python docs/torture.py                                   all of it
-python docs/torture.py --only kill-generation --times 2  one kind, twice; writes nothing, prints the
+python tools/torture.py                                   all of it
+python tools/torture.py --only kill-generation --times 2  one kind, twice; writes nothing, prints the
 table
 
 The faults themselves are in tests/killing.py (training) and tests/faults.py (the rest); their first
@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import files
+from semcse import command_line, errors, files, run_folder
 
 LISTED = ("bad-input", "nasty-paper")  # each trial is another entry of a list, not another draw
 Trial = Callable[[Path, int], dict[str, Any]]
@@ -87,10 +87,10 @@ def kinds() -> dict[str, Kind]:
 
 def main() -> None:
     """Try everything, print as it goes, write the table."""
-    command = files.parse_command_line(Command, None, Command())
+    command = command_line.parse_command_line(Command, None, Command())
     known = kinds()
     if unknown := sorted(set(command.only) - set(known)):
-        raise files.UserError(
+        raise errors.UserError(
             f"--only {unknown[0]} is no kind of fault", f"choose among {', '.join(known)}"
         )
     begun, outcomes = time.monotonic(), dict[str, list[dict[str, Any]]]()
@@ -112,7 +112,7 @@ def main() -> None:
             Path(command.output), "\n".join([*header(minutes), *lines, *footer(outcomes)]) + "\n"
         )
     if lost := sum(not one["recovered"] for tried in outcomes.values() for one in tried):
-        raise files.RunError(f"{lost} trials were lost", "see their lines above")
+        raise errors.RunError(f"{lost} trials were lost", "see their lines above")
 
 
 def attempt(kind: Kind, folder: Path, seed: int) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def attempt(kind: Kind, folder: Path, seed: int) -> dict[str, Any]:
         f"{kind.name} {seed}: {'recovered' if outcome['recovered'] else 'LOST'}"
         f" ({outcome['fault']}: {outcome['detail']}; {time.monotonic() - begun:.1f} s)"
     )
-    print(files.printable(said), file=sys.stderr, flush=True)
+    print(errors.printable(said), file=sys.stderr, flush=True)
     return outcome
 
 
@@ -146,12 +146,14 @@ def table(outcomes: dict[str, list[dict[str, Any]]]) -> list[str]:
         for one in tried
         if not one["recovered"]
     ]
-    return [*lines, *(["", "Lost:", "", *map(files.printable, lost)] if lost else [])]
+    return [*lines, *(["", "Lost:", "", *map(errors.printable, lost)] if lost else [])]
 
 
 def header(minutes: float) -> list[str]:
     """What the figures are, and what they were made with."""
-    versions = ", ".join(f"{name} {value}" for name, value in files.versions().items() if value)
+    versions = ", ".join(
+        f"{name} {value}" for name, value in run_folder.versions().items() if value
+    )
     return [
         "# Reliability",
         "",
@@ -205,4 +207,4 @@ def _memory() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -1,8 +1,8 @@
 """Train the recipes of docs/experiments.md with three seeds each and measure them on the 1,100
 development papers for reporting.
 
-    python docs/development_split.py        once: cuts the development papers
-    python docs/reproduce_recipe.py         writes runs/recipe/table_a.md, table_b.md and one run
+    python tools/development_split.py        once: cuts the development papers
+    python tools/reproduce_recipe.py         writes runs/recipe/table_a.md, table_b.md and one run
         folder for each recipe and seed
 
 (a) CLS pooling and Euclidean distance, as the paper, against the encoder before training; (b) mean
@@ -23,18 +23,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import files
-from baseline_models import Wanted, load_for_training, load_model
-from semantic_benchmark import (
-    TASKS,
-    Evaluation,
-    evaluate,
-    main_score,
-    paired_difference,
-    read_evaluation_papers,
-)
+from load_data import read_training_papers
+from semantic_benchmark import Evaluation, evaluate, read_evaluation_papers
+from semcse import command_line, errors, files
+from semcse.bootstrap import paired_difference
+from semcse.encoder import Encoder, Usage
+from semcse.models import load_for_training, load_model
+from semcse.tables import TASKS, main_score
 from settings import Settings, complete, default_settings
-from train_embedding_model import read_training_papers, train
+from train_embedding_model import train
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Command:
     """Train both recipes with several seeds and write the table of paired differences."""
 
-    data: str = "runs/development"  # what docs/development_split.py wrote
+    data: str = "runs/development"  # what tools/development_split.py wrote
     output_dir: str = "runs/recipe"  # models and table
     seeds: int = 3  # runs of each recipe
     recipe: tuple[str, ...] = ()  # "a" or "b"; both if none is named
@@ -88,10 +85,10 @@ class Command:
 
 def main() -> None:
     """Train, score, write the tables."""
-    command = files.parse_command_line(Command, None, Command())
-    files.log_to_stderr()
+    command = command_line.parse_command_line(Command, None, Command())
+    command_line.log_to_stderr()
     if command.seeds < 2 or not set(command.recipe) <= set(RECIPES):
-        raise files.UserError(
+        raise errors.UserError(
             "--seeds is below 2, or --recipe is unknown",
             f"give two seeds or more, and recipes of {', '.join(RECIPES)}",
         )
@@ -153,15 +150,17 @@ def recipe_settings(name: str, command: Command, seed: int) -> Settings:
     return complete(dataclasses.replace(default_settings("quickstart"), **(RECIPES[name] | places)))
 
 
+def starting_encoder(settings: Settings) -> Encoder:
+    """The encoder that training starts from, used as the settings say."""
+    usage = Usage(settings.pooling, settings.metric, settings.max_length)
+    return load_for_training(settings.encoder, usage, settings.device)
+
+
 def reference_encoder(name: str, settings: Settings) -> Any:
     """What a recipe is compared with: the encoder before training in the recipe's own use (a), or
     as its authors use it (b).
     """
-    return (
-        load_for_training(settings)
-        if name == "a"
-        else load_model(settings.encoder, Wanted(), settings)[0]
-    )
+    return starting_encoder(settings) if name == "a" else load_model(settings.encoder)
 
 
 def trained_encoder(settings: Settings) -> Any:
@@ -173,7 +172,7 @@ def trained_encoder(settings: Settings) -> Any:
     folder = Path(settings.output_dir)
     wanted = folder / "settings.json"
     if wanted.exists() and files.read_json(wanted) != dataclasses.asdict(settings):
-        raise files.UserError(
+        raise errors.UserError(
             f"{folder}: holds a run with other settings", "delete it, or name another --output-dir"
         )
     files.write_json(wanted, dataclasses.asdict(settings))
@@ -181,10 +180,10 @@ def trained_encoder(settings: Settings) -> Any:
         papers, held_out = read_training_papers(
             settings, read_evaluation_papers(settings.eval_file)
         )
-        encoder = load_for_training(settings)
+        encoder = starting_encoder(settings)
         train(encoder, papers, held_out, settings, folder)
         encoder.save(folder / "model", base=settings.encoder)
-    return load_model(str(folder / "model"), Wanted(), settings)[0]
+    return load_model(str(folder / "model"))
 
 
 def score(evaluation: Evaluation, task: str) -> float:
@@ -223,4 +222,4 @@ def row(head: str, cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from settings import Loss, Metric
+from semcse.types import Metric
 
 # Numbers gathered at once by `_Scorer.exact`: half a MiB of float64, which stays in the cache.
 CHUNK = 2**16
@@ -55,92 +54,6 @@ def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
         a, b = functional.normalize(a, dim=-1), functional.normalize(b, dim=-1)
     plain = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     return plain if metric == "euclidean" else plain.square() / 2
-
-
-@dataclass(frozen=True)
-class LossValues:
-    """A batch's loss (scalar with gradient) and what the log shows of it (floats without)."""
-
-    loss: Tensor
-    positive_distance: float
-    negative_distance: float
-    # triplet: share of hinges above zero; InfoNCE: share of anchors whose positive is not the
-    # nearest text
-    active_share: float
-
-
-def contrastive_loss(
-    anchors: Tensor,
-    positives: Tensor,
-    metric: Metric,
-    loss: Loss,
-    margin: float,
-    temperature: float,
-) -> LossValues:
-    """The batch's loss over all 2n texts, both texts of a pair as anchors. anchors, positives: (n,
-    d), n >= 2.
-
-    `margin` is in units of the metric's distance and used by "triplet"; `temperature` likewise and
-    used by "infonce".
-    """
-    texts = torch.cat([anchors, positives])
-    n = len(anchors)
-    all_distances = distances(texts, texts, metric)
-    rows = torch.arange(2 * n, device=texts.device)
-    to_positive = all_distances[rows, (rows + n) % (2 * n)]
-    is_negative = (rows[:, None] - rows[None, :]) % n != 0  # another paper's text
-    if loss == "triplet":
-        value, active = _triplet(all_distances, to_positive, is_negative, margin)
-    else:
-        value, active = _info_nce(all_distances, to_positive, is_negative, temperature)
-    with torch.no_grad():
-        return LossValues(
-            value,
-            to_positive.mean().item(),
-            all_distances[is_negative].mean().item(),
-            active.item(),
-        )
-
-
-def _triplet(
-    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, margin: float
-) -> tuple[Tensor, Tensor]:
-    """max(0, d(a, p) - d(a, n) + margin), plain mean over every (anchor, in-batch negative), zeros
-    included [METHOD: analogue].
-    """
-    hinges = functional.relu(to_positive[:, None] - all_distances + margin)[is_negative]
-    return hinges.mean(), (hinges > 0).float().mean()
-
-
-def _info_nce(
-    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """-log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over negatives exp(-d(a, n) / t)) ), mean
-    over the 2n anchors.
-
-    With the cosine distance this is the usual InfoNCE on cosine similarity: the constant 1 in 1 -
-    cos cancels.
-    """
-    logits = (-all_distances / temperature).masked_fill(~is_negative, -torch.inf)
-    positive = -to_positive / temperature
-    everything = torch.logsumexp(torch.cat([positive[:, None], logits], dim=1), dim=1)
-    return (everything - positive).mean(), (logits.amax(dim=1) >= positive).float().mean()
-
-
-def spread(vectors: Tensor) -> float:
-    """Root mean squared distance to the mean vector over the root mean square length, in [0, 1]:
-    near 0 means the embeddings have collapsed.
-    """
-    vectors = vectors.detach().float()
-    centred = vectors - vectors.mean(dim=0)
-    return (
-        (
-            centred.square().sum(dim=1).mean()
-            / vectors.square().sum(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        .sqrt()
-        .item()
-    )
 
 
 def ranks(

@@ -10,28 +10,28 @@ recorded.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from encoder import (
+from semcse.adapters import add_adapter, select_task
+from semcse.encoder import Encoder, Usage
+from semcse.errors import UserError
+from semcse.model_folder import (
     BUNDLED_HUB_ID,
-    Encoder,
-    Usage,
-    add_adapter,
     find_model,
     load_encoder,
     read_marker,
     read_sentence_transformers,
-    select_task,
     small_files,
 )
-from files import UserError
-from settings import Metric, Pooling, Settings
+from semcse.types import Device, Metric, Pooling
 
 log = logging.getLogger(__name__)
+
 
 TRANSFORMERS_4 = "transformers==4.57.6"
 # The one command that makes an environment for the models whose own code does not run on
@@ -232,17 +232,8 @@ def list_of_models() -> str:
     )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line asks of a model's use; None leaves it to the model."""
-
-    pooling: Pooling | None = None
-    metric: Metric | None = None
-    max_length: int | None = None
-
-    def given(self) -> dict[str, Any]:
-        """The flags that were given."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+# How a model is used that says nothing of itself: as the method uses its own encoder.
+DEFAULT_USAGE = Usage("cls", "euclidean", 512)
 
 
 def find_recipe(name: str) -> Recipe | None:
@@ -269,7 +260,15 @@ def title_separator(name: str, tokenizer: Any) -> str:
     return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
 
 
-def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict[str, str]]:
+def usage_of(
+    name: str,
+    pooling: Pooling | None = None,
+    metric: Metric | None = None,
+    max_length: int | None = None,
+    *,
+    default: Usage = DEFAULT_USAGE,
+    trust_remote_code: bool = False,
+) -> tuple[Usage, dict[str, str]]:
     """How a model shall be used, and where each part of that was read ("flag", "semcse.json",
     "recipe", "sentence-transformers files", "settings").
 
@@ -281,27 +280,28 @@ def usage_of(name: str, wanted: Wanted, settings: Settings) -> tuple[Usage, dict
             flag contradicts its semcse.json.
     """
     if recipe := find_recipe(name):
-        _check_environment(name, recipe, settings.trust_remote_code)
-    origin, own = _own_usage(name, wanted)
+        _check_environment(name, recipe, trust_remote_code)
+    asked = {"pooling": pooling, "metric": metric, "max_length": max_length}
+    given = {key: value for key, value in asked.items() if value is not None}
+    origin, own = _own_usage(name, given)
     for key in ("metric", "pooling") if origin == "semcse.json" else ():
-        given = wanted.given().get(key)
-        if given and given != own[key]:
+        if given.get(key, own[key]) != own[key]:
             raise UserError(
-                f"--{key} {given} contradicts {name}, which was trained with {key} {own[key]} (its"
+                f"--{key} {given[key]} contradicts {name}, which was trained with {key} {own[key]} (its"
                 " semcse.json)",
                 f"leave --{key} out",
             )
-    values = asdict(Usage(settings.pooling, settings.metric, settings.max_length)) | own
+    values = asdict(default) | own
     origins = dict.fromkeys(values, "settings") | dict.fromkeys(own, origin)
-    for key, given in wanted.given().items():
-        if key in own and own[key] != given:
-            log.warning("%s: %s %s by flag instead of %s (%s)", name, key, given, own[key], origin)
+    for key, value in given.items():
+        if key in own and own[key] != value:
+            log.warning("%s: %s %s by flag instead of %s (%s)", name, key, value, own[key], origin)
             values["normalize"] = values["normalize"] and key != "metric"
-        values[key], origins[key] = given, "flag"
+        values[key], origins[key] = value, "flag"
     return Usage(**values), {key: origins[key] for key in ("pooling", "metric", "max_length")}
 
 
-def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+def _own_usage(name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a
     model that says nothing.
     """
@@ -313,7 +313,7 @@ def _own_usage(name: str, wanted: Wanted) -> tuple[str, dict[str, Any]]:
     if recipe:
         return "recipe", asdict(recipe.usage)
     assert folder
-    return "sentence-transformers files", read_sentence_transformers(folder, wanted.given()) or {}
+    return "sentence-transformers files", read_sentence_transformers(folder, given) or {}
 
 
 def _small_files(name: str, recipe: Recipe | None) -> Path | None:
@@ -354,15 +354,27 @@ def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> No
         )
 
 
-def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, dict[str, str]]:
+def load_model(
+    name: str,
+    pooling: Pooling | None = None,
+    metric: Metric | None = None,
+    max_length: int | None = None,
+    *,
+    default: Usage = DEFAULT_USAGE,
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+) -> Encoder:
     """Load a model by recipe name, Hub id or folder, and say where its usage was read (see
     `usage_of`).
 
     Raises:
         UserError: it cannot be used or loaded, or brings code that the settings do not allow.
     """
-    usage, origins = usage_of(name, wanted, settings)
-    encoder = _load(name, usage, settings)
+    usage, origins = usage_of(
+        name, pooling, metric, max_length, default=default, trust_remote_code=trust_remote_code
+    )
+    encoder = _load(name, usage, device, trust_remote_code)
+    encoder.origins = origins
     recipe = find_recipe(name)
     if recipe and recipe.base:
         add_adapter(encoder, recipe.hub_id, recipe.revision)
@@ -375,18 +387,20 @@ def load_model(name: str, wanted: Wanted, settings: Settings) -> tuple[Encoder, 
             f"{key} {getattr(encoder.usage, key)} ({origin})" for key, origin in origins.items()
         ),
     )
-    return encoder, origins
+    return encoder
 
 
-def _load(name: str, usage: Usage, settings: Settings) -> Encoder:
+def _load(name: str, usage: Usage, device: Device, trust_remote_code: bool) -> Encoder:
     recipe = find_recipe(name)
     place = (_whole(recipe).hub_id, _whole(recipe).revision) if recipe else (name, "main")
-    encoder = load_encoder(place[0], usage, settings.device, settings.trust_remote_code, place[1])
+    encoder = load_encoder(place[0], usage, device, trust_remote_code, place[1])
     encoder.name = name
     return encoder
 
 
-def load_for_training(settings: Settings) -> Encoder:
+def load_for_training(
+    name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False
+) -> Encoder:
     """The encoder that training starts from, used as the settings say, whatever its authors'
     recipe.
 
@@ -394,15 +408,15 @@ def load_for_training(settings: Settings) -> Encoder:
         UserError: its semcse.json names another metric or pooling than the settings, or it cannot
             be trained so.
     """
-    name, recipe = settings.encoder, find_recipe(settings.encoder)
+    recipe = find_recipe(name)
     if recipe:
-        _check_environment(name, recipe, settings.trust_remote_code)
+        _check_environment(name, recipe, trust_remote_code)
         if recipe.base:
             raise UserError(
                 f"--encoder {name} is an adapter, which one trained folder cannot hold",
                 f"give --encoder {recipe.base}",
             )
-        if recipe.usage.pooling == "last" and settings.pooling == "cls":
+        if recipe.usage.pooling == "last" and usage.pooling == "cls":
             raise UserError(
                 f"--pooling cls: {name} reads from left to right, so its first token knows nothing"
                 " of the text",
@@ -411,10 +425,10 @@ def load_for_training(settings: Settings) -> Encoder:
     folder = _small_files(name, recipe)
     marker = read_marker(folder) if folder else None
     for key in ("metric", "pooling"):
-        if marker and marker[key] != getattr(settings, key):
+        if marker and marker[key] != getattr(usage, key):
             what = (
-                f"--{key} {getattr(settings, key)} contradicts {name}, which was trained with {key}"
+                f"--{key} {getattr(usage, key)} contradicts {name}, which was trained with {key}"
                 f" {marker[key]} (its semcse.json)"
             )
             raise UserError(what, f"give --{key} {marker[key]}")
-    return _load(name, Usage(settings.pooling, settings.metric, settings.max_length), settings)
+    return _load(name, usage, device, trust_remote_code)

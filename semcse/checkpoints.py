@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import files
-from encoder import Encoder
-from files import RunError, UserError
-from load_data import Paper
-from parallel import Group
+from semcse import files, run_folder
+from semcse.distributed import Group
+from semcse.encoder import Encoder
+from semcse.errors import RunError, UserError
+from semcse.papers import Paper
 
 log = logging.getLogger(__name__)
+
 NAMES = "step-[0-9]*.safetensors"
 
 
@@ -129,7 +130,7 @@ def facts_of(
             )
     counts = {"train": len(train), "held_out": len(held_out), "eval": len(evaluation)}
     return {
-        "versions": files.versions(),
+        "versions": run_folder.versions(),
         "device": str(encoder.device),
         "papers": counts,
         "inputs": inputs,

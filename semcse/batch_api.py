@@ -24,24 +24,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-import files
-from files import Journal, RunError, StopSignal, UserError
-from language_model import (
-    Answer,
-    Answers,
-    Flags,
-    Job,
-    Run,
-    Unanswered,
-    Work,
-    api_key,
-    meaning,
-    most_tokens,
-    named_faults,
-    read_answer,
-)
+from semcse import errors
+from semcse.command_line import StopSignal
+from semcse.errors import RunError, UserError
+from semcse.files import Journal
+from semcse.generation import Answers, Run, Work, most_tokens
+from semcse.llm import Answer, Flags, Unanswered, api_key, meaning, named_faults, read_answer
+from semcse.quality_gate import Job
 
 log = logging.getLogger(__name__)
+
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
 # seconds between two looks at the batches; a batch stands in the server's list so long after it was
@@ -347,7 +339,7 @@ def _read(line: bytes) -> tuple[Answer, int, list[int]]:
         row = json.loads(line or b"{}")
         if not row.get("response"):
             raise Unanswered(
-                files.without_secrets(str((row.get("error") or {}).get("code") or "no answer"))
+                errors.without_secrets(str((row.get("error") or {}).get("code") or "no answer"))
             )
         if (status := row["response"]["status_code"]) != 200:
             raise meaning(status, None, row["response"].get("body"))

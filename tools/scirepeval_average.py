@@ -1,7 +1,7 @@
 """The category scores and the average of SciRepEval, as SemCSE's paper reports them, from the
 result file of SciRepEval's own code.
 
-    python docs/scirepeval_average.py scirepeval_results.json --s2and 93.0
+    python tools/scirepeval_average.py scirepeval_results.json --s2and 93.0
 
 How the paper forms them is not stated. Inferred: the weights from its twelve rows, which they
 reproduce; the rest from public result files of two of its models (docs/other_harnesses.md). A
@@ -23,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import files
+from semcse import command_line, errors, files
 
 WEIGHTS = {"classification": 6, "regression": 5, "proximity": 9, "search": 3}  # numbers of tasks
 Metrics = tuple[str, ...]
@@ -162,16 +162,16 @@ def report_lines(results: Mapping[str, Any], s2and: float | None) -> list[str]:
 
 def main() -> None:
     """The script: parse, read, print."""
-    command = files.parse_command_line(Command, None, Command(""))
+    command = command_line.parse_command_line(Command, None, Command(""))
     if command.s2and is not None and not 0 <= command.s2and <= 100:
-        raise files.UserError(f"--s2and {command.s2and} is not in percent", "give 0 to 100")
+        raise errors.UserError(f"--s2and {command.s2and} is not in percent", "give 0 to 100")
     results = files.read_json(Path(command.results))
     if not isinstance(results, dict):
-        raise files.UserError(
+        raise errors.UserError(
             f"{command.results}: not an object of tasks", "give the file that scirepeval.py wrote"
         )
     print("\n".join(report_lines(results, command.s2and)))
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

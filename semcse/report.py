@@ -21,22 +21,18 @@ import jinja2
 import numpy as np
 import tyro
 
-import files
-from files import UserError
-from load_data import Paper
-from semantic_benchmark import NEIGHBOURS, TASKS, main_score, notes_on, table_lines
-from settings import FREE_ON_RESUME, Metric
+from semcse import command_line, errors, files, run_folder
+from semcse.errors import UserError
+from semcse.papers import Paper
+from semcse.run_folder import FREE_ON_RESUME
+from semcse.tables import ROWS, TASKS, main_score, notes_on, table_lines
+from semcse.types import Metric
 
 log = logging.getLogger(__name__)
 
+
 Array = np.ndarray[Any, Any]
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#6E6E6E"
-# A run's result files: what tables call them; what pictures call them, with colour and marker.
-ROWS = {
-    "before": "before SemCSE training",
-    "benchmark": "after SemCSE training",
-    "recipe": "as its authors use it",
-}
 LOOKS = {
     "before": ("before", GREY, "o"),
     "benchmark": ("after", BLUE, "s"),
@@ -56,7 +52,7 @@ STYLES = [
     for colour in (BLUE, "#E69F00", "#009E73", RED, "#56B4E9", "#CC79A7", "#000000")
 ]
 OTHER = ("#B5B5B5", "o")
-MAP_PAPERS, FEWEST_ON_MAP = 3_000, 5
+MAP_PAPERS, FEWEST_ON_MAP, MAP_NEIGHBOURS = 3_000, 5, 10
 LONGEST_TITLE, LONGEST_FIELD = 300, 60  # characters kept for the map
 PLOT_STYLE: Any = {
     "text.parse_math": False,
@@ -66,7 +62,7 @@ PLOT_STYLE: Any = {
     "grid.color": "#E4E4E4",
     "axes.edgecolor": "#A0A7AE",
 }
-TEMPLATE = Path(__file__).parent / "docs" / "report_template.html"
+TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def save_map(path: Path, papers: Sequence[Paper], vectors: Any, seed: int) -> No
         [papers[i].field.strip()[:LONGEST_FIELD] or "no field" for i in chosen],
     )
     # matplotlib names characters that it cannot draw in a warning
-    fields = [files.printable(field) for field in fields]
+    fields = [errors.printable(field) for field in fields]
     with files.atomic_path(path) as partial, partial.open("wb") as handle:
         np.savez(
             handle,
@@ -290,7 +286,7 @@ def map_data(run: Run) -> dict[str, Any]:
     """
     import torch
 
-    from similarity import nearest
+    from semcse.distances import nearest
 
     some: dict[str, Array] = next(iter(run.maps.values()), {"titles": np.array([])})
     n = len(some["titles"])
@@ -302,7 +298,7 @@ def map_data(run: Run) -> dict[str, Any]:
     for stem, stored in run.maps.items():
         vectors, metric = torch.from_numpy(stored["vectors"]), run.results[stem]["metric"]
         distance, near = nearest(
-            vectors, vectors, min(NEIGHBOURS, n - 1), metric, excluded=torch.arange(n)
+            vectors, vectors, min(MAP_NEIGHBOURS, n - 1), metric, excluded=torch.arange(n)
         )
         rounded = [[float(f"{value:.4g}") for value in row] for row in distance.tolist()]
         places = layout(stored["vectors"], metric, run.facts["settings"]["seed"]).round(4).tolist()
@@ -398,7 +394,7 @@ def make(*folders: Path, output: Path | None = None) -> Path:
             "name each run folder once",
         )
     output = output or (folders[0] if len(folders) == 1 else Path("runs/report"))
-    files.check_output_folder(output)
+    run_folder.check_output_folder(output)
     names = [folder.resolve().name for folder in folders]
     runs = [
         read_run(folder, name if names.count(name) == 1 else str(folder))
@@ -435,10 +431,10 @@ class Command:
 
 def main() -> None:
     """The script: parse, then make the page."""
-    command = files.parse_command_line(Command, None, Command())
-    files.log_to_stderr()
+    command = command_line.parse_command_line(Command, None, Command())
+    command_line.log_to_stderr()
     print(make(*command.folders, output=Path(command.output_dir) if command.output_dir else None))
 
 
 if __name__ == "__main__":
-    sys.exit(files.run_command(main))
+    sys.exit(command_line.run_command(main))

@@ -1,0 +1,8 @@
+"""The words that settings and flags accept: distance metrics, poolings, devices and precisions."""
+
+from typing import Literal
+
+Metric = Literal["euclidean", "cosine"]
+Pooling = Literal["cls", "mean"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16"]
