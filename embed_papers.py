@@ -81,7 +81,8 @@ def checked(command: Command) -> Command:
             "--model or --input is missing, or --shard is given together with --merge",
             "give --model and --input, or --merge after all shares are embedded",
         )
-    if command.merge < 0 or command.chunk < 1 or (command.max_length or 3) < 3:
+    max_length = 3 if command.max_length is None else command.max_length
+    if command.merge < 0 or command.chunk < 1 or max_length < 3:
         raise UserError("--merge, --chunk or --max-length is too small", "give at least 1, 1 and 3")
     if command.text and command.format == "lines":
         raise UserError("--text is given for lines of text", "give it only for a papers file")

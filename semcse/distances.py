@@ -72,8 +72,9 @@ def ranks(
         to_positive = (block.queries - own).square().sum(dim=1, keepdim=True)
         absolute = UNIT_TIE if metric == "cosine" else 0.0
         margin = block.error + 4 * TIE * to_positive + absolute
-        result[block.rows] += (block.squares < to_positive - margin).sum(dim=1)
-        uncertain = (block.squares - to_positive).abs() <= margin
+        closer = block.squares < to_positive - margin
+        result[block.rows] += closer.sum(dim=1)
+        uncertain = (block.squares <= to_positive + margin) ^ closer
         columns = uncertain.any(dim=0).nonzero()[:, 0]
         if len(columns):
             exact = distances(block.queries, block.candidates[columns], "euclidean").square()
