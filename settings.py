@@ -137,10 +137,10 @@ def parse_settings(args: Sequence[str] | None = None) -> Settings:
 def _find_profile(words: list[str]) -> Profile:
     """Find the profile that a command line names: its block is the default of all other flags."""
     found = Settings().profile
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag == "--profile":
-            value = value if equals else following
+            value = value if equals else " ".join(words[place + 1 : place + 2])
             found = next((profile for profile in PROFILES if profile == value), found)
     return found
 

@@ -182,8 +182,19 @@ class Progress:
     loss_ema: float | None = None  # exponential moving average of the training loss
     best_step: int = 0
     best_rank: float = math.inf  # best mean rank in validation
-    best_loss: float = math.inf  # validation loss, which decides between equal mean ranks
+    best_loss: float = math.inf  # the validation loss that belongs to it
     validations_since_best: int = 0
+
+    def record_validation(self, rank: float, loss: float) -> bool:
+        """Record a validation, and return whether it is the best so far.
+
+        The lower mean rank is better; between equal ranks the lower loss decides.
+        """
+        better = (rank, loss) < (self.best_rank, self.best_loss)
+        if better:
+            self.best_step, self.best_rank, self.best_loss = self.step, rank, loss
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        return better
 
 
 def train(
@@ -421,20 +432,19 @@ class Trainer:
         """
         if self.group.rank > 0:
             return
-        progress, metric = self.progress, self.settings.metric
+        metric = self.settings.metric
         first, second = (self.encoder.embed(texts).vectors for texts in self.validation)
         both = torch.cat([ranks(first, second, metric), ranks(second, first, metric)])
         rank, loss = both.mean().item(), self._loss(first, second).loss.item()
-        better = (rank, loss) < (progress.best_rank, progress.best_loss)
+        better = self.progress.record_validation(rank, loss)
         if better:
-            progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
             self.best_weights = self._copy_weights()
-        progress.validations_since_best = 0 if better else progress.validations_since_best + 1
-        row = {"step": progress.step, "validation_rank": rank, "validation_loss": loss}
+        step = self.progress.step
+        row = {"step": step, "validation_rank": rank, "validation_loss": loss}
         self.metrics.append(row | {"validation_pool": len(first), "best": better})
         log.info(
             "step %d: validation mean rank %.3f of %d, loss %.4f%s",
-            progress.step,
+            step,
             rank,
             len(first),
             loss,

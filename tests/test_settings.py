@@ -283,7 +283,7 @@ def test_a_missing_file_of_the_paper_profile_names_the_scripts_that_make_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match="train_summaries.*collect_papers.*generate_train_summaries"
+        UserError, match=r"train_summaries.*collect_papers.*generate_train_summaries"
     ):
         require_files(parse_settings(["--profile", "paper"]))
     require_files(parse_settings(["--train-file", "elsewhere.jsonl", "--eval-file", "no.jsonl"]))
