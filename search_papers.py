@@ -165,7 +165,10 @@ def main() -> None:
         queries = torch.cat([embed_queries(texts, about, command), queries])
     excluded, k = torch.tensor([-1] * len(texts) + rows), min(command.k, len(vectors))
     started = time.monotonic()
-    found = nearest(queries, vectors, k, about["metric"], excluded)
+    try:
+        found = nearest(queries, vectors, k, about["metric"], excluded)
+    except ValueError as error:
+        raise UserError(f"{command.vectors}: {error}", "embed the papers again") from None
     seconds = time.monotonic() - started
     logging.info("%d queries among %d vectors: %.2f s", len(queries), len(vectors), seconds)
     for query, distances, neighbors in zip([*texts, *command.id], *found, strict=True):

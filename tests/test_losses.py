@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from semcse.types import Metric
 from settings import Loss
-from train_embedding_model import contrastive_loss, spread
+from train_embedding_model import contrastive_loss, relative_std
 
 METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
 LOSSES: tuple[Loss, ...] = ("triplet", "infonce")
@@ -164,12 +164,12 @@ def test_a_collapsed_batch_has_a_known_loss_and_finite_gradients(
     assert torch.isfinite(gradient).all()
 
 
-def test_spread_of_collapsed_orthogonal_and_opposite_vectors() -> None:
-    assert spread(torch.tensor([[1.0, -2.0, 4.0]]).repeat(8, 1)) == 0
-    assert spread(torch.zeros(4, 3)) == 0
-    assert spread(draw(1, 50).repeat(30, 1)) < 1e-6
+def test_relative_std_of_collapsed_orthogonal_and_opposite_vectors() -> None:
+    assert relative_std(torch.tensor([[1.0, -2.0, 4.0]]).repeat(8, 1)) == 0
+    assert relative_std(torch.zeros(4, 3)) == 0
+    assert relative_std(draw(1, 50).repeat(30, 1)) < 1e-6
     # The mean is (1/5, ...): the mean squared distance to it is 1 - 1/5, the mean square length 1.
-    assert spread(7 * torch.eye(5)) == pytest.approx(math.sqrt(1 - 1 / 5))
-    assert spread(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 1
+    assert relative_std(7 * torch.eye(5)) == pytest.approx(math.sqrt(1 - 1 / 5))
+    assert relative_std(torch.tensor([[3.0, 4.0], [-3.0, -4.0]])) == 1
     # The mean is 2: (1 + 1) / 2 over (1 + 9) / 2.
-    assert spread(torch.tensor([[1.0, 0.0], [3.0, 0.0]])) == pytest.approx(math.sqrt(1 / 5))
+    assert relative_std(torch.tensor([[1.0, 0.0], [3.0, 0.0]])) == pytest.approx(math.sqrt(1 / 5))
