@@ -95,11 +95,10 @@ def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
     A line of text becomes a paper: its line number is the id, its first 100 characters are the
     title, and all of it is the abstract.
     """
+    papers = read_papers(command.input, keys, command.skip_invalid)
     if command.format == "lines":
         lines = text_lines(command.input, command.skip_invalid)
         papers = (Paper(str(number), line[:100], line) for number, line in lines)
-    else:
-        papers = read_papers(command.input, keys, command.skip_invalid)
     while chunk := list(itertools.islice(papers, command.chunk)):
         yield chunk
 

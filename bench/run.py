@@ -1,7 +1,7 @@
 """`make bench`: every speed figure of the README, ours and the peers' in one run on the same
 machine, into bench/results.json and bench/results.md.
 
-python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small
+python bench/run.py [--quick] [--only training encoding startup llm]      --quick: small
 samples
 
 Runs in .venv-bench (bench/requirements.txt). Ratio = peer's time / our time. Do not use the machine
@@ -23,7 +23,7 @@ from common import ROOT, gemm_peak
 
 from semcse import files, run_folder
 
-PARTS = ("training", "encoding", "ranking", "startup", "llm")
+PARTS = ("training", "encoding", "startup", "llm")
 
 
 def machine() -> dict[str, Any]:

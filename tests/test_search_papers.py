@@ -123,10 +123,10 @@ def test_texts_are_embedded_as_the_metadata_say(
         expected = pytest.approx(distances.flatten().tolist(), rel=1e-6, abs=1e-9)
         assert [row["distance"] for row in rows] == expected
     moved = shutil.move(tmp_path / "model", tmp_path / "moved")
-    words = ("--vectors", path, "--query", "market theory", "-k", 4, "--json")
+    query = ("--vectors", path, "--query", "market theory", "-k", "4", "--json")
     with pytest.raises(UserError, match=r"no such folder.*--model"):
-        search(*words)
-    assert len(json_rows(search(*words, "--model", moved))) == 4
+        search(*query)
+    assert len(json_rows(search(*query, "--model", moved))) == 4
 
 
 def test_a_model_of_another_dimension_is_refused(
@@ -148,11 +148,10 @@ def test_parquet_gives_the_same_answer(search: Search, tiny_bert: Path, tmp_path
 
 
 def test_files_that_do_not_belong_together(search: Search, tmp_path: Path) -> None:
-    wrong = [{"rows": 5}, {"dimension": 3}, {"metric": None, "rows": None}]
-    paths = [(list("abcd"), changes) for changes in wrong] + [(list("abc"), {})]
-    for titles, changes in paths:
+    wrong: list[dict[str, Any]] = [{"rows": 5}, {"dimension": 3}, {"metric": None, "rows": None}]
+    for titles, changes in (*(("abcd", changes) for changes in wrong), ("abc", {})):
         with pytest.raises(UserError, match=r"does not belong to its companion files"):
-            search("--vectors", store(tmp_path, titles, **changes), "--id", "p0")
+            search("--vectors", store(tmp_path, list(titles), **changes), "--id", "p0")
     path = store(tmp_path, list("abcd"))
     with pytest.raises(UserError, match="no such paper"):
         search("--vectors", path, "--id", 'p"0')
