@@ -68,7 +68,7 @@ def ranks(
     positives = torch.arange(len(queries)) if positives is None else positives
     result = torch.ones(len(queries), dtype=torch.float64)
     for block in _blocks(queries, candidates, metric, positives):
-        own = _points(candidates[positives[block.rows]], metric)
+        own, _ = _points(candidates[positives[block.rows]], metric)
         to_positive = (block.queries - own).square().sum(dim=1, keepdim=True)
         absolute = UNIT_TIE if metric == "cosine" else 0.0
         margin = block.error + 4 * TIE * to_positive + absolute
@@ -141,13 +141,11 @@ def _blocks(
 ) -> Iterator[_Block]:
     """All blocks; for one block of candidates after the other, all blocks of queries."""
     for start in range(0, len(candidates), CANDIDATE_BLOCK):
-        c = _points(candidates[start : start + CANDIDATE_BLOCK], metric)
-        c_squares = c.square().sum(dim=1)
+        c, c_squares = _points(candidates[start : start + CANDIDATE_BLOCK], metric)
         for first in range(0, len(queries), QUERY_BLOCK):
             rows = slice(first, first + QUERY_BLOCK)
-            q = _points(queries[rows], metric)
-            q_squares = q.square().sum(dim=1, keepdim=True)
-            squares = torch.addmm(q_squares + c_squares, q, c.T, alpha=-2)
+            q, q_squares = _points(queries[rows], metric)
+            squares = torch.addmm(q_squares[:, None] + c_squares, q, c.T, alpha=-2)
             # A sum of d products has at most d roundings of eps / 2. There are four such sums; the
             # factor 4 is twice what they need.
             relative = 4 * (q.shape[1] + 8) * torch.finfo(torch.float64).eps
@@ -155,12 +153,17 @@ def _blocks(
                 own = excluded[rows] - start
                 inside = ((own >= 0) & (own < len(c))).nonzero()[:, 0]
                 squares[inside, own[inside]] = torch.inf
-            yield _Block(rows, start, q, c, squares, relative * (q_squares + c_squares.max()))
+            error = relative * (q_squares[:, None] + c_squares.max())
+            yield _Block(rows, start, q, c, squares, error)
 
 
-def _points(vectors: Tensor, metric: Metric) -> Tensor:
-    """(n, d) vectors in float64, scaled to length 1 for the cosine."""
-    if not torch.isfinite(vectors).all():
-        raise ValueError("the vectors contain NaN or infinity")
+def _points(vectors: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """(n, d) vectors in float64, scaled to length 1 for the cosine, and their (n,) squared lengths."""
     points = vectors.double()
-    return functional.normalize(points, dim=-1) if metric == "cosine" else points
+    lengths = torch.linalg.vector_norm(points, dim=1)
+    if not torch.isfinite(lengths).all():
+        raise ValueError("the vectors contain NaN or infinity")
+    if metric == "cosine":
+        scale = lengths.clamp_min(1e-12)  # as torch's normalize, so a zero vector stays zero
+        points, lengths = points / scale[:, None], lengths / scale
+    return points, lengths.square()
