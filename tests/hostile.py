@@ -43,6 +43,8 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+FIX_BLANK = "fill it, or leave the paper out"
+FIX_TEXT = "make it a string, or leave the key out"
 # (what the error says, which fix it names) -> name -> raw line
 LINES_BY_ERROR: dict[tuple[str, str], dict[str, bytes]] = {
     ("is not JSON", "write one JSON object per line"): {
@@ -100,38 +102,22 @@ LINES_BY_ERROR: dict[tuple[str, str], dict[str, bytes]] = {
         (f'key "{key}" is missing', "add it"): {f"no {key}": without(key)}
         for key in ("id", "title", "abstract", "summaries")
     },
-    ('key "id" is blank', "fill it, or leave the paper out"): {
-        "empty id": changed(id=""),
-        "blank id": changed(id=" \t"),
-    },
-    ('key "title" is blank', "fill it, or leave the paper out"): {
-        "blank title": changed(title="  "),
-    },
-    ('key "abstract" is blank', "fill it, or leave the paper out"): {
-        "blank abstract": changed(abstract="\n"),
-    },
-    ('key "summaries" is blank', "fill it, or leave the paper out"): {
+    ('key "id" is blank', FIX_BLANK): {"empty id": changed(id=""), "blank id": changed(id=" \t")},
+    ('key "title" is blank', FIX_BLANK): {"blank title": changed(title="  ")},
+    ('key "abstract" is blank', FIX_BLANK): {"blank abstract": changed(abstract="\n")},
+    ('key "summaries" is blank', FIX_BLANK): {
         "summaries empty": changed(summaries=[]),
         "a blank summary": changed(summaries=["One.", " "]),
     },
-    ('key "id" is not a string', "make it a string, or leave the key out"): {
+    ('key "id" is not a string', FIX_TEXT): {
         "id a number": changed(id=7),
         "id null": changed(id=None),
         "id a list": changed(id=["paper-7"]),
     },
-    ('key "title" is not a string', "make it a string, or leave the key out"): {
-        "title a number": changed(title=3.5),
-        "title null": changed(title=None),
-    },
-    ('key "abstract" is not a string', "make it a string, or leave the key out"): {
-        "abstract a list": changed(abstract=["One.", "Two."]),
-    },
-    ('key "query" is not a string', "make it a string, or leave the key out"): {
-        "query true": changed(query=True),
-    },
-    ('key "field" is not a string', "make it a string, or leave the key out"): {
-        "field an object": changed(field={"name": "Art"}),
-    },
+    ('key "title" is not a string', FIX_TEXT): {"title a number": changed(title=3.5)},
+    ('key "abstract" is not a string', FIX_TEXT): {"abstract null": changed(abstract=None)},
+    ('key "query" is not a string', FIX_TEXT): {"query true": changed(query=True)},
+    ('key "field" is not a string', FIX_TEXT): {"field an object": changed(field={"name": "Art"})},
     ('key "summaries" is not a list of strings', "make it a list of strings"): {
         "summaries a string": changed(summaries="One. Two."),
         "summaries null": changed(summaries=None),

@@ -300,23 +300,13 @@ def test_papers_are_left_out_for_the_right_reason_and_counted(
     }
 
 
-def test_min_words_sets_the_shortest_abstract(
-    papers_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    source = papers_file(
-        [{"id": str(n), "title": f"T{n}", "abstract": abstract(n, n)} for n in range(1, 12)]
-    )
-    collect(Command(output=str(tmp_path / "out.jsonl"), input=str(source), min_words=9))
-    assert [row["id"] for row in rows_in(tmp_path / "out.jsonl")] == ["9", "10", "11"]
-
-
 def offered_until(
     monkeypatch: pytest.MonkeyPatch,
     run: Callable[[], None],
     place: int = 0,
     stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Calls `run`, and `stop` after this many papers were offered. Returns the ids of all of them."""
+    """Calls `run`, and `stop` after `place` papers were offered. Returns the ids of all papers."""
     offer, offered = collect_papers.CollectedPapers.offer, []
 
     def noted(self: collect_papers.CollectedPapers, paper: Paper) -> None:
@@ -372,6 +362,7 @@ def write_streams(hub: Path, which: str) -> Command:
 def test_an_interrupted_run_resumes_and_writes_the_same_file(
     hub: Path, monkeypatch: pytest.MonkeyPatch, which: str, how: str
 ) -> None:
+    signals = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM}
     monkeypatch.setattr(collect_papers, "CHECKPOINT_ROWS", 4)
     command = write_streams(hub, which)
     output, partial = Path(command.output), Path(f".{command.output}.partial")
@@ -380,20 +371,18 @@ def test_an_interrupted_run_resumes_and_writes_the_same_file(
     output.unlink()
 
     def stopped() -> None:
-        if how.startswith("killed"):
+        if how in signals:
+            assert command_line.run_command(lambda: collect(command)) == 128 + signals[how]
+        else:
             with pytest.raises(Killed):
                 collect(command)
-        else:
-            assert (
-                command_line.run_command(lambda: collect(command))
-                == {"interrupted": 130, "terminated": 143}[how]
-            )
 
-    ends = {
-        "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
-        "terminated": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    }
-    first = offered_until(monkeypatch, stopped, 22, ends.get(how, kill))
+    def stop() -> None:
+        if how not in signals:
+            raise Killed
+        os.kill(os.getpid(), signals[how])
+
+    first = offered_until(monkeypatch, stopped, 22, stop)
     assert not output.exists()
     if how == "killed while saving":
         with partial.open("ab") as handle:
@@ -402,7 +391,7 @@ def test_an_interrupted_run_resumes_and_writes_the_same_file(
     assert output.read_bytes() == whole
     assert again == everything[-len(again) :]
     lost = len(first) + len(again) - len(everything)
-    assert lost == 0 if how in ends else 0 < lost <= 4 * 3  # at most 4 rows of 3 papers
+    assert lost == 0 if how in signals else 0 < lost <= 4 * 3  # at most 4 rows of 3 papers
     assert not partial.exists()
 
 
@@ -503,69 +492,51 @@ def test_a_gzipped_output_depends_only_on_its_papers(
     )
 
 
-def bad_inputs(hub: Path) -> dict[str, tuple[list[str], str]]:
-    """Name -> (flags, what the error line must say)."""
+BAD_INPUTS = [  # (flags, what the error line says); "--output out.jsonl" comes first
+    ("--output= --input good.jsonl", "--output does not name a file"),
+    ("--output owner --input good.jsonl", "--output does not name a file"),
+    ("", "either --source or --input"),
+    ("--source scidocs --input good.jsonl", "either --source or --input"),
+    ("--input none.csv", "none.csv: no such file"),
+    ("--input notes.docx", "notes.docx: no such file, or not of a kind"),
+    ("--input good.jsonl --exclude none.jsonl", "none.jsonl: no such file"),
+    (
+        "--input good.jsonl --abstract text",
+        "kept 0 of 0 papers; left out: none (columns: id, title,",
+    ),
+    ("--input good.jsonl --min-words 51", "left out: 1 short abstract"),
+    ("--input empty.csv", "kept 0 of 0"),
+    ("--input bad.jsonl", "bad.jsonl:2: is not a JSON object"),
+    ("--input list.jsonl", "list.jsonl:2: is not a JSON object"),
+    ("--input bad.bib", "bad.bib:1: a BibTeX entry cannot be read"),
+    ("--input latin.csv", "latin.csv: "),
+    ("--input bad.parquet", "bad.parquet: "),
+    ("--input bad.json", "bad.json: "),
+    ("--input torn.jsonl.gz", "torn.jsonl.gz: "),
+    ("--input owner/name --config y", "data set owner/name y train cannot be opened"),
+    ("--input owner/name --split dev", "data set owner/name dev cannot be opened"),
+    ("--input nobody/nothing", "data set nobody/nothing train cannot be opened"),
+    ("--inptu good.jsonl", "inptu"),
+]
+
+
+def write_bad_inputs(hub: Path) -> None:
     good = json.dumps({"id": "a", **paper(1)})
-    (hub / "good.jsonl").write_text(good + "\n", encoding="utf-8")
-    (hub / "bad.jsonl").write_text(good + "\n{broken\n", encoding="utf-8")
-    (hub / "list.jsonl").write_text(good + "\n3\n", encoding="utf-8")
-    (hub / "latin.csv").write_bytes("id,title,abstract\na,Caf\xe9,x\n".encode("latin-1"))
-    (hub / "bad.parquet").write_bytes(b"PAR1 no parquet at all")
-    (hub / "bad.json").write_text('[{"title": "a"', encoding="utf-8")
-    (hub / "empty.csv").write_text("id,title,abstract\n", encoding="utf-8")
-    (hub / "torn.jsonl.gz").write_bytes(gzip.compress(good.encode() * 50)[:-20])
-    (hub / "notes.docx").write_bytes(b"x")
-    write_repository(hub / "owner/name", {("x", "train"): [paper(1)]})
-    out = ["--output", "out.jsonl"]
-    return {
-        "no output": (["--input", "good.jsonl"], "--output does not name a file"),
-        "output is a folder": (
-            ["--output", "owner", "--input", "good.jsonl"],
-            "--output does not name a file",
-        ),
-        "no input": (out, "either --source or --input"),
-        "two inputs": (
-            [*out, "--source", "scidocs", "--input", "good.jsonl"],
-            "either --source or --input",
-        ),
-        "no such file": ([*out, "--input", "none.csv"], "none.csv: no such file"),
-        "unknown kind": (
-            [*out, "--input", "notes.docx"],
-            "notes.docx: no such file, or not of a kind",
-        ),
-        "no such exclude": (
-            [*out, "--input", "good.jsonl", "--exclude", "none.jsonl"],
-            "none.jsonl: no such file",
-        ),
-        "no such column": (
-            [*out, "--input", "good.jsonl", "--abstract", "text"],
-            "kept 0 of 0 papers; left out: none (columns: id, title, abstract)",
-        ),
-        "nothing left": (
-            [*out, "--input", "good.jsonl", "--min-words", "51"],
-            "left out: 1 short abstract",
-        ),
-        "no rows": ([*out, "--input", "empty.csv"], "kept 0 of 0"),
-        "bad line": ([*out, "--input", "bad.jsonl"], "bad.jsonl:2: is not a JSON object"),
-        "not an object": ([*out, "--input", "list.jsonl"], "list.jsonl:2: is not a JSON object"),
-        "not UTF-8": ([*out, "--input", "latin.csv"], "latin.csv: "),
-        "no parquet": ([*out, "--input", "bad.parquet"], "bad.parquet: "),
-        "no JSON": ([*out, "--input", "bad.json"], "bad.json: "),
-        "torn gzip": ([*out, "--input", "torn.jsonl.gz"], "torn.jsonl.gz: "),
-        "no such config": (
-            [*out, "--input", "owner/name", "--config", "y"],
-            "data set owner/name y train cannot be opened",
-        ),
-        "no such split": (
-            [*out, "--input", "owner/name", "--split", "dev"],
-            "data set owner/name dev cannot be opened",
-        ),
-        "not to be had": (
-            [*out, "--input", "nobody/nothing"],
-            "data set nobody/nothing train cannot be opened",
-        ),
-        "unknown flag": ([*out, "--inptu", "good.jsonl"], "inptu"),
+    contents = {
+        "good.jsonl": good + "\n",
+        "bad.jsonl": good + "\n{broken\n",
+        "list.jsonl": good + "\n3\n",
+        "bad.bib": "@article{a, title = {One}",
+        "latin.csv": "id,title,abstract\na,Caf\xe9,x\n",
+        "bad.parquet": "PAR1 no parquet at all",
+        "bad.json": '[{"title": "a"',
+        "empty.csv": "id,title,abstract\n",
+        "notes.docx": "x",
     }
+    for name, content in contents.items():
+        (hub / name).write_text(content, encoding="latin-1")
+    (hub / "torn.jsonl.gz").write_bytes(gzip.compress(good.encode() * 50)[:-20])
+    write_repository(hub / "owner/name", {("x", "train"): [paper(1)]})
 
 
 def test_bad_usage_and_input_end_in_one_line_and_write_nothing(
@@ -573,19 +544,19 @@ def test_bad_usage_and_input_end_in_one_line_and_write_nothing(
 ) -> None:
     monkeypatch.setattr(command_line, "log_to_stderr", lambda: None)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    cases = bad_inputs(hub)
+    write_bad_inputs(hub)
     capfd.readouterr()
-    for name, (flags, said) in cases.items():
-        monkeypatch.setattr(sys, "argv", ["collect_papers.py", *flags])
-        assert command_line.run_command(collect_papers.main) == 2, name
+    for flags, what in BAD_INPUTS:
+        argv = ["collect_papers.py", "--output", "out.jsonl", *flags.split()]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert command_line.run_command(collect_papers.main) == 2, flags
         lines = capfd.readouterr().err.splitlines()
-        lines = [line for line in lines if line and not line.startswith("collecting")]  # the bar
-        assert len(lines) == 1, (name, lines)
-        assert lines[0].startswith("error: "), (name, lines)
-        assert said in lines[0], (name, lines)
-        assert "; " in lines[0]
+        [line] = [line for line in lines if line and not line.startswith("collecting")]  # the bar
+        assert line.startswith("error: ")
+        assert what in line
+        assert "; " in line
         written = {path.name for path in hub.iterdir() if "out" in path.name}
-        assert written <= {".out.jsonl.lock"}, name
+        assert written <= {".out.jsonl.lock"}, flags
 
 
 def test_the_script_says_its_own_line_alone(hub: Path) -> None:
@@ -603,10 +574,9 @@ def test_two_runs_do_not_write_one_file(
     hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command_line, "log_to_stderr", lambda: None)
-    bad_inputs(hub)
-    monkeypatch.setattr(
-        sys, "argv", ["collect_papers.py", "--output", "out.jsonl", "--input", "good.jsonl"]
-    )
+    write_bad_inputs(hub)
+    argv = ["collect_papers.py", "--output", "out.jsonl", "--input", "good.jsonl"]
+    monkeypatch.setattr(sys, "argv", argv)
     with files.lock(hub / ".out.jsonl.lock"):
         assert command_line.run_command(collect_papers.main) == 2
     assert "in use by another run" in capfd.readouterr().err
