@@ -34,10 +34,8 @@ MOST_VISITS = 100
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Paper:
-    """One paper. Absent texts are empty strings.
-
-    `summaries` holds only texts that differ after `normalise`. `visits` is how often one training
-    epoch draws the paper (1 to MOST_VISITS). `extra` holds the unknown keys of the JSON object.
+    """One paper; absent texts are empty. The `summaries` differ from each other after `normalise`,
+    `visits` is how often an epoch draws the paper, and `extra` holds the unknown keys.
     """
 
     id: str
@@ -87,9 +85,8 @@ def read_papers(
     def parse(line: bytes) -> Paper:
         paper = _parse_paper(line, need)
         if paper.id in seen:
-            raise _BadLine(
-                f'id "{paper.id[:80]}" is already on an earlier line', "give each paper a unique id"
-            )
+            what = f'id "{paper.id[:80]}" is already on an earlier line'
+            raise _BadLine(what, "give each paper a unique id")
         seen.add(paper.id)
         return paper
 
@@ -98,12 +95,10 @@ def read_papers(
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
-    """Reads a plain text file and yields (1-based line number, stripped text) of each line that is
-    not blank.
+    """Yields (1-based line number, stripped text) of each line of a text file that is not blank.
 
     Raises:
-        UserError: the file cannot be read, holds no text, or (without skip_invalid) has a line that
-            is not UTF-8.
+        UserError: as `read_papers`; a bad line is one that is not UTF-8.
     """
     yield from _parsed_lines(path, lambda line: _decode(line).strip(), skip_invalid, "text")
 
@@ -125,31 +120,23 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             while line := stream.readline(LONGEST_LINE):
                 number += 1
                 if len(line) == LONGEST_LINE:
-                    raise UserError(
-                        f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB",
-                        "write one paper per line",
-                    )
+                    what = f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB"
+                    raise UserError(what, "write one paper per line")
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "check the path and the current folder") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: damaged gzip file ({error})", "copy or compress the file again"
-        ) from None
+        what = f"{path}: damaged gzip file ({error})"
+        raise UserError(what, "copy or compress the file again") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error})",
-            "check the path and its permissions",
-        ) from None
+        what = f"{path}: cannot be read ({error.strerror or error})"
+        raise UserError(what, "check the path and its permissions") from None
 
 
 def shard_slice(shard: str) -> slice:
-    """Returns the slice of a file's papers that belongs to shard "i/n", counted from 1: "2/4" gives
-    slice(1, None, 4).
-
-    Raises:
-        UserError: `shard` does not have this form, or i is greater than n.
+    """Returns the slice of a file's papers that belongs to the shard "i/n": "2/4" gives
+    slice(1, None, 4). Raises a UserError if `shard` does not have this form.
     """
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):

@@ -14,10 +14,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from semcse.errors import UserError
-from semcse.papers import LONGEST_WORD
+from semcse.papers import LONGEST_WORD, raw_lines
 
 FILE_KINDS = (".bib", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
 
@@ -35,10 +35,11 @@ def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """Opens one split of a data set, from a folder `name` if there is one, else from the Hub.
+    """Opens one split of a data set as a `datasets.IterableDataset`, from a folder `name` if there
+    is one, else from the Hub.
 
     If a repository still has a loading script, or does not describe its configs, the Hub's parquet
-    conversion (revision refs/convert/parquet) is read. Returns a `datasets.IterableDataset`.
+    conversion (revision refs/convert/parquet) is read.
     """
     from datasets import load_dataset
 
@@ -63,10 +64,8 @@ def open_file(path: Path, columns: list[str]) -> Any:
 
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind not in FILE_KINDS or not path.is_file():
-        raise UserError(
-            f"{path}: no such file, or not of a kind that can be read",
-            f"give a file named {' '.join(FILE_KINDS)}, gzipped or not",
-        )
+        what = f"{path}: no such file, or not of a kind that can be read"
+        raise UserError(what, f"give a file named {' '.join(FILE_KINDS)}, gzipped or not")
     if kind in (".bib", ".jsonl"):
         reader = read_bibtex if kind == ".bib" else read_json_lines
         return IterableDataset.from_generator(reader, gen_kwargs={"path": path})
@@ -83,13 +82,11 @@ def open_file(path: Path, columns: list[str]) -> Any:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Reads the rows of a JSONL file. (`datasets` refuses keys that appear in late lines only.)"""
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                what = f"{path}:{number}: is not a JSON object"
-                with library_errors(UserError, what, "write one object per line"):
-                    row = dict(json.loads(line))
-                yield row
+    for number, line in raw_lines(path):
+        what = f"{path}:{number}: is not a JSON object"
+        with library_errors(UserError, what, "write one object per line"):
+            row = dict(json.loads(line))
+        yield row
 
 
 def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
@@ -102,7 +99,8 @@ def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
     from pybtex.database.input import bibtex
     from pybtex.utils import CaseInsensitiveDict
 
-    with _open_text(path) as handle:
+    open_text = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8-sig") as handle:
         text = handle.read()
 
     def handle_error(error: Exception) -> None:
@@ -168,9 +166,3 @@ def text_of(value: Any) -> str:
         return " ".join(map(text_of, value))
     text = str(value).encode(errors="replace").decode()  # half a surrogate pair becomes "?"
     return " ".join(word[:LONGEST_WORD] for word in text.split())
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
