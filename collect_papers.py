@@ -77,18 +77,17 @@ class Command:
 
 def open_streams(command: Command) -> dict[str, Any]:
     """Opens the data sets that a command names. Returns name -> `datasets.IterableDataset`."""
-    path, name, configs = Path(command.input), command.input, command.config or ("",)
+    path, name, split = Path(command.input), command.input, command.split
     if command.source == "scidocs":
         return {"scidocs": open_split("allenai/scirepeval", "scidocs_mag_mesh", "evaluation")}
     if command.source == "scirepeval":
         name, configs = "allenai/scirepeval", command.config or TRAINING_CONFIGS
     elif path.is_file() or path.name.lower().endswith((*FILE_KINDS, ".gz")):
-        columns = [command.id, command.title, command.abstract]
-        columns += [command.field, command.query, command.summaries]
-        return {path.name: open_file(path, columns)}
-    return {
-        f"{name} {config}".rstrip(): open_split(name, config, command.split) for config in configs
-    }
+        texts = [command.id, command.title, command.abstract, command.field, command.query]
+        return {path.name: open_file(path, [*texts, command.summaries])}
+    else:
+        configs = command.config or ("",)
+    return {f"{name} {config}".rstrip(): open_split(name, config, split) for config in configs}
 
 
 def scidocs_fields() -> dict[str, str]:
@@ -100,9 +99,8 @@ def scidocs_fields() -> dict[str, str]:
 def paper_of(
     row: dict[str, Any], command: Command, stream: str, fields: Mapping[str, str]
 ) -> Paper:
-    """Makes a Paper of an object that has the title and abstract columns of the command.
-
-    `stream` becomes its `source`. `fields` holds known fields of study by paper id.
+    """Makes a Paper of an object from a row. `stream` becomes the paper's `source`; `fields` holds
+    known fields of study by paper id.
     """
     names = ("title", "abstract", "field", "query")
     texts: dict[str, Any] = {name: text_of(row.get(getattr(command, name))) for name in names}
@@ -129,10 +127,8 @@ def repeats_title(paper: Paper) -> bool:
 def rejection_reason(
     paper: Paper, command: Command, excluded: SeenPapers, seen: SeenPapers
 ) -> str | None:
-    """Returns why a paper is left out, or None to keep it.
-
-    SciDocs is not filtered, because the papers that models are compared on must not depend on our
-    filters.
+    """Returns why a paper is left out, or None to keep it. SciDocs is not filtered, because the
+    papers that models are compared on must not depend on our filters.
     """
     if command.source == "scidocs" and not paper.field:
         return "no label"
@@ -156,8 +152,8 @@ def rejection_reason(
 class CollectedPapers:
     """The papers kept so far, the counts, and the place in each stream.
 
-    Until the run is done they are in two hidden files next to the output: .NAME.partial holds the
-    papers, .NAME.state.json the rest.
+    Until the run is done they are in two hidden files next to the output, .NAME.partial (papers)
+    and .NAME.state.json.
     """
 
     def __init__(self, command: Command) -> None:
@@ -171,10 +167,9 @@ class CollectedPapers:
             state = files.read_json(self.state_file)
             old = state["request"]
             if changed := [key for key in self.request if self.request[key] != old.get(key)]:
-                raise UserError(
-                    f"{self.output}: its unfinished run had another {', '.join(changed)}",
-                    f"give the same flags, or delete {self.state_file} to start over",
-                )
+                what = f"{self.output}: its unfinished run had another {', '.join(changed)}"
+                fix = f"give the same flags, or delete {self.state_file} to start over"
+                raise UserError(what, fix)
             os.truncate(self.partial, state["bytes"])
         else:
             self.partial.unlink(missing_ok=True)
@@ -216,17 +211,13 @@ class CollectedPapers:
 
     def finish(self) -> None:
         """Writes the output from the saved papers, and deletes the two hidden files."""
-        with files.atomic_path(self.output) as target:
+        with files.atomic_path(self.output) as target, target.open("wb") as plain:
+            out: Any = plain
             if self.output.suffix == ".gz":
-                # No name and no time in the header: equal papers give equal files.
-                with (
-                    self.partial.open("rb") as papers,
-                    target.open("wb") as plain,
-                    gzip.GzipFile("", "wb", 6, plain, mtime=0) as zipped,
-                ):
-                    shutil.copyfileobj(papers, zipped)
-            else:
-                shutil.copyfile(self.partial, target)
+                # Without name and time in the gzip header, equal papers give equal files.
+                out = gzip.GzipFile("", "wb", 6, plain, mtime=0)
+            with self.partial.open("rb") as papers, out:
+                shutil.copyfileobj(papers, out)
         self.state_file.unlink()
         self.partial.unlink()
 

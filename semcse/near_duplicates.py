@@ -1,8 +1,6 @@
-"""Finds papers that are already in a collection, so that no evaluation paper is trained on.
-
-Two papers are the same if their ids, their normalised titles or nearly all of their abstracts are
-equal. Abstracts are compared by sketches (bottom-k MinHash): a small sample of the hashes of their
-word 8-grams.
+"""Finds papers that are already in a collection, by id, title or near-equal abstract, so that no
+evaluation paper is trained on. Abstracts are compared by sketches (bottom-k MinHash): a sample of
+the hashes of their word 8-grams.
 """
 
 from __future__ import annotations
