@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def test_every_script_refuses_bad_input_in_one_printable_line(
         for name, script in SCRIPTS.items():
             if name in ("collect", "generate") and os.geteuid() != os.getuid():
                 continue  # another user, who may not write into the folder either
-            code = command_line.run_command(
-                lambda script=script: script(path, tmp_path / "out.jsonl")
-            )  # type: ignore[misc]
+            code = command_line.run_command(partial(script, path, tmp_path / "out.jsonl"))
             line = capsys.readouterr().err.removesuffix("\n")
             assert line.isprintable()
             if (
