@@ -59,8 +59,8 @@ class Command:
     # instead of --source: a file (.csv .tsv .json .jsonl .parquet .bib, also gzipped), a data set
     # folder, or a Hub id
     input: str = ""
-    # config of the data set; repeat it to mix several evenly. Default: the data set's default, or
-    # SciRepEval's largest training tasks
+    # config of the data set; several are mixed evenly. Default: SciRepEval's largest training
+    # tasks, or the default config of any other data set
     config: tuple[str, ...] = ()
     split: str = "train"  # split of the data set
     id: str = "id"  # column of the ids; a paper without one gets a hash of title and abstract
@@ -70,8 +70,8 @@ class Command:
     field: str = ""  # column of the fields of study, if any
     query: str = ""  # column of search queries, if any
     summaries: str = ""  # column of summaries (a text or a list of texts), if any
-    exclude: tuple[str, ...] = ()  # papers file whose papers are left out; may be repeated
-    min_words: int = 40  # shorter abstracts are left out
+    exclude: tuple[str, ...] = ()  # papers file whose papers are left out
+    min_words: int = 40  # abstracts with fewer words are left out
     limit: int = 0  # stop after this many papers; 0 means no limit
 
 

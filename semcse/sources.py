@@ -135,6 +135,7 @@ def _latex_converter() -> Any:
     from pylatexenc import latex2text
 
     context = latex2text.get_default_latex_context_db()
+    # Zotero writes < and > so. \- is a place to hyphenate. pylatexenc fails on \href.
     macros = {"textless": "<", "textgreater": ">", "-": "", "href": ""}
     context.add_context_category(
         "semcse",
