@@ -414,40 +414,26 @@ def test_an_unfinished_run_is_not_mixed_with_another(
     assert [row["id"] for row in rows_in("out.jsonl")] == ["0", "1", "2"]
 
 
-class Broken:
-    """A stream from the Hub whose connection is `lost` after ten rows."""
-
-    lost = True
-
-    def __init__(self) -> None:
-        self.place = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for i in range(self.place, 20):
-            if i == 10 and self.lost:
-                raise ConnectionError("no route\nto host")
-            self.place = i + 1
-            yield {"id": f"{i}", **paper(i)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.place = state["place"]
-
-
 def test_a_lost_connection_ends_the_run_and_the_next_goes_on(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def rows(lost: bool) -> Iterator[dict[str, Any]]:
+        for i in range(20):
+            if i == 10 and lost:
+                raise ConnectionError("no route\nto host")
+            yield {"id": f"{i}", **paper(i)}
+
+    def connect(lost: bool) -> None:
+        stream = datasets.IterableDataset.from_generator(lambda: rows(lost))
+        monkeypatch.setattr(collect_papers, "open_streams", lambda command: {"far": stream})
+
     monkeypatch.setattr(collect_papers, "CHECKPOINT_ROWS", 4)
-    monkeypatch.setattr(collect_papers, "open_streams", lambda command: {"far": Broken()})
     command = Command(output="out.jsonl", input="far/away")
-    with pytest.raises(
-        RunError,
-        match=r"^far: reading stopped \(ConnectionError: no route to host\); .*same command again",
-    ):
+    connect(lost=True)
+    message = r"^far: reading stopped \(ConnectionError: no route to host\); .*same command again"
+    with pytest.raises(RunError, match=message):
         collect(command)
-    monkeypatch.setattr(Broken, "lost", False)
+    connect(lost=False)
     assert offered_until(monkeypatch, lambda: collect(command)) == [str(i) for i in range(8, 20)]
     assert [row["id"] for row in rows_in("out.jsonl")] == [str(i) for i in range(20)]
 
@@ -484,12 +470,10 @@ def test_a_gzipped_output_depends_only_on_its_papers(
     source = papers_file([{"id": str(i), **paper(i)} for i in range(5)])
     for name in ("one.jsonl.gz", "two.jsonl.gz", "plain.jsonl"):
         collect(Command(output=str(tmp_path / name), input=str(source)))
-    assert (tmp_path / "one.jsonl.gz").read_bytes() == (tmp_path / "two.jsonl.gz").read_bytes()
-    assert (tmp_path / "one.jsonl.gz").read_bytes()[3:8] == bytes(5)  # no name, no time
-    assert (
-        gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes())
-        == (tmp_path / "plain.jsonl").read_bytes()
-    )
+    one = (tmp_path / "one.jsonl.gz").read_bytes()
+    assert one == (tmp_path / "two.jsonl.gz").read_bytes()
+    assert one[3:8] == bytes(5)  # no name, no time
+    assert gzip.decompress(one) == (tmp_path / "plain.jsonl").read_bytes()
 
 
 BAD_INPUTS = [  # (flags, what the error line says); "--output out.jsonl" comes first
