@@ -93,7 +93,10 @@ def open_streams(command: Command) -> dict[str, Any]:
 def scidocs_fields() -> dict[str, str]:
     """Returns the fields of study of the SciDocs MAG task (both splits) by paper id."""
     rows = open_split("allenai/scirepeval_test", "scidocs_mag", "train+test")
-    return {row["paper_id"]: MAG_FIELDS[row["label"]] for row in rows}
+    labels = {row["paper_id"]: row["label"] for row in rows}
+    if unknown := set(labels.values()) - set(range(len(MAG_FIELDS))):
+        raise UserError(f"SciDocs has unknown labels: {unknown}", "check the data set's version")
+    return {paper: MAG_FIELDS[label] for paper, label in labels.items()}
 
 
 def paper_of(

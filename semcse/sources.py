@@ -122,7 +122,10 @@ def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
 
 
 def latex_to_text(latex: str) -> str:
-    """Returns LaTeX as plain text: accents and symbols as Unicode, commands as their content."""
+    """Returns LaTeX as plain text: accents and symbols as Unicode, commands as their content.
+
+    Mathematics between dollar signs stays as it is.
+    """
     try:
         # An unescaped percent sign would start a comment.
         return str(_latex_converter().latex_to_text(re.sub(r"(?<!\\)%", r"\\%", latex)))
@@ -143,7 +146,7 @@ def _latex_converter() -> Any:
         macros=[latex2text.MacroTextSpec(name, text) for name, text in macros.items()],
         specials=[latex2text.SpecialsTextSpec("&", "&")],
     )
-    return latex2text.LatexNodes2Text(latex_context=context)
+    return latex2text.LatexNodes2Text(latex_context=context, math_mode="verbatim")
 
 
 def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any]]:
