@@ -150,8 +150,9 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
             f"{path}: this project cannot compute these modules: {', '.join(modules)}",
             "use a model that has Transformer, Pooling and Normalize only",
         )
-    config = _read_object(folder / "config_sentence_transformers.json")
-    prompts = config.get("prompts") or {}
+    config_path = folder / "config_sentence_transformers.json"
+    config = _read_object(config_path)
+    prompts = _check_object(config_path, config.get("prompts") or {})
     found = {
         "pooling": _read_pooling(folder / "1_Pooling" / "config.json"),
         # sentence-transformers compares by cosine where the files name no similarity.
@@ -176,14 +177,17 @@ def _read_max_length(folder: Path) -> Any:
 def _read_pooling(path: Path) -> str:
     """Our name of the pooling, or else the file's; several names if it joins several vectors."""
     config, prefix = _read_object(path), "pooling_mode_"
-    modes = [key.removeprefix(prefix) for key, value in config.items() if value is True]
-    mode = ", ".join(modes) if modes else str(config.get("pooling_mode"))
+    modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
+    mode = ", ".join(modes) or str(config.get("pooling_mode"))
     return POOLINGS.get(mode, mode)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} if there is no such file."""
-    found = files.read_json(path) if path.is_file() else {}
+    return _check_object(path, files.read_json(path) if path.is_file() else {})
+
+
+def _check_object(path: Path, found: object) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object", "put back a good copy")
     return found
