@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from semcse import files
 from semcse.adapters import AdaptedNorm
-from semcse.encoder import AnyPooling, Encoder, Usage, choose_device, longest_input
+from semcse.encoder import Encoder, Usage, choose_device, longest_input
 from semcse.errors import UserError
 from semcse.types import Device, Pooling
 
@@ -39,14 +40,6 @@ BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 # invisible marks and the replacement character into spaces.
 NMT_REMOVED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
 NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
-# sentence-transformers' names of the poolings that we can compute, in its old and new files.
-POOLINGS: dict[str, AnyPooling] = {
-    "cls": "cls",
-    "cls_token": "cls",
-    "mean": "mean",
-    "mean_tokens": "mean",
-    "lasttoken": "last",
-}
 
 
 def find_model(name: str) -> Path | str:
@@ -132,7 +125,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the fields of Usage in a folder's sentence-transformers files, {} if it has none.
 
-    A pooling or metric that this project cannot compute is returned as the files name it.
+    The pooling or the metric may be one that this project cannot compute.
 
     Raises:
         UserError: a file is damaged, or the model has modules (such as a dense layer) that this
@@ -175,11 +168,11 @@ def _read_max_length(folder: Path) -> Any:
 
 
 def _read_pooling(path: Path) -> str:
-    """Our name of the pooling, or else the file's; several names if it joins several vectors."""
+    """The name of the pooling; several names if the files join several vectors."""
     config, prefix = _read_object(path), "pooling_mode_"
     modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
     mode = ", ".join(modes) or str(config.get("pooling_mode"))
-    return POOLINGS.get(mode, mode)
+    return re.sub("_?tokens?$", "", mode)  # cls_token, mean_tokens, lasttoken
 
 
 def _read_object(path: Path) -> dict[str, Any]:

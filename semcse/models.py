@@ -7,7 +7,7 @@ Each part of a model's usage comes from the first of these places that has it:
 2. `semcse.json` in the model's folder, which training writes;
 3. the recipe of the model;
 4. the sentence-transformers files in the model's folder;
-5. the default: CLS pooling and Euclidean distance, as in the paper's method, and 512 tokens.
+5. the default: CLS pooling and Euclidean distance, as in SemCSE's model card, and 512 tokens.
 """
 
 from __future__ import annotations
