@@ -1,13 +1,6 @@
 """How to use a model: the recipes of the published models (recipes.toml), and `load_model`.
 
-Each part of a model's usage comes from the first of these places that has it:
-
-1. a flag, that is an argument of `load_model` (refused if it contradicts the pooling or the metric
-   in semcse.json, because the model was trained for these; on other models it is logged);
-2. `semcse.json` in the model's folder, which training writes;
-3. the recipe of the model;
-4. the sentence-transformers files in the model's folder;
-5. the default: CLS pooling and Euclidean distance, as in SemCSE's model card, and 512 tokens.
+`usage_of` has the order of precedence between flags, model folders and recipes.
 """
 
 from __future__ import annotations
@@ -120,10 +113,17 @@ def usage_of(
     default: Usage = DEFAULT_USAGE,
     trust_remote_code: bool = False,
 ) -> tuple[Usage, dict[str, str]]:
-    """Return how to use a model, by the order of precedence in the head of this file.
+    """Return how to use a model. Each field comes from the first of these places that has it:
 
-    If `metric` replaces the metric of a model that scales its vectors to length 1, the vectors are
-    no longer scaled.
+    1. a flag, that is an argument of this function. It is refused if it contradicts the pooling or
+       the metric in semcse.json, for which the model was trained. On other models it is logged;
+    2. `semcse.json` in the model's folder, which training writes;
+    3. the model's recipe;
+    4. the sentence-transformers files in the model's folder;
+    5. `default`: CLS pooling and Euclidean distance, as in SemCSE's model card, and 512 tokens.
+
+    If a flag replaces the metric of a model that scales its vectors to length 1, the vectors are no
+    longer scaled.
 
     Returns:
         The usage, and where its pooling, metric and max_length come from: "flag", "semcse.json",
@@ -173,15 +173,18 @@ def load_model(
     device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Load any model that turns texts into vectors, used as its authors or its training say.
+    """Load any model that turns texts into vectors, to be used as its authors or its training say.
+
+    The arguments take precedence over `semcse.json` in a model's folder, this over the recipe, the
+    recipe over sentence-transformers files, and these over `default`.
 
     Args:
         name: a recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
             such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
-        pooling: "cls" or "mean" instead of the model's pooling.
-        metric: "euclidean" or "cosine" instead of the model's metric.
+        pooling: "cls" or "mean", instead of the model's pooling.
+        metric: "euclidean" or "cosine", instead of the model's metric.
         max_length: how many tokens to keep of each text, instead of the model's number.
-        default: the usage of a model about which nothing is known.
+        default: how to use a model about which nothing is known.
         device: "auto" takes a GPU where there is one.
         trust_remote_code: allow the model to run the Python code that it brings.
 
