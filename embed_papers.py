@@ -139,8 +139,8 @@ def save_chunk(
         )
 
 
-def load_encoder(command: Command) -> tuple[Any, dict[str, Any]]:
-    """The model, and the facts that decide what its vectors are."""
+def load_encoder(command: Command, text: str) -> tuple[Any, dict[str, Any]]:
+    """Loads the model and lists everything besides the input that decides what the vectors are."""
     from semcse.encoder import uses_bf16
     from semcse.models import load_model, title_separator
 
@@ -153,12 +153,12 @@ def load_encoder(command: Command) -> tuple[Any, dict[str, Any]]:
         trust_remote_code=command.trust_remote_code,
     )
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
-    # Distinguishes models; nine digits do not depend on how a machine rounds the sum.
+    # Tells models apart; its nine digits do not depend on how a machine rounds the sum.
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())
-    joined = command.text == "title_abstract"
+    separator = title_separator(command.model, encoder.tokenizer) if "_" in text else ""
     return encoder, dataclasses.asdict(encoder.usage) | {
-        "text": command.text,
-        "separator": title_separator(command.model, encoder.tokenizer) if joined else "",
+        "text": text,
+        "separator": separator,
         "chunk": command.chunk,
         "bf16": encoder.bf16,
         "weights": f"{weights:.9g}",
@@ -174,14 +174,13 @@ def embed(command: Command, folder: Path) -> None:
     from semcse.models import find_recipe
 
     part, parts = map(int, command.shard.split("/"))
-    if not command.text:
-        title_first = getattr(find_recipe(command.model), "title_first", False)
-        joined = title_first and command.format == "papers"
-        command = dataclasses.replace(command, text="title_abstract" if joined else "abstract")
-    assert command.text
-    chunks = read_chunks(command, keys := command.text.split("_"))
+    joined = command.format == "papers" and getattr(
+        find_recipe(command.model), "title_first", False
+    )
+    text = command.text or ("title_abstract" if joined else "abstract")
+    chunks = read_chunks(command, keys := text.split("_"))
     chunks = itertools.chain([next(chunks)], chunks)  # finds a bad input before loading a model
-    encoder, made = load_encoder(command)
+    encoder, made = load_encoder(command, text)
     record = folder / "made.json"
     if record.exists() and (before := files.read_json(record)) != made:
         raise UserError(
@@ -282,10 +281,10 @@ def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: 
         pq.ParquetWriter(partial, schema) as writer,
     ):
         for chunk in chunks:
-            papers = [json.loads(line) for line in chunk["ids"].tobytes().splitlines()]
-            table = pa.Table.from_pylist(papers, schema=pa.schema(list(schema)[:2]))
-            values = pa.FixedSizeListArray.from_arrays(chunk["vectors"].reshape(-1), d)
-            writer.write_table(table.append_column(schema.field("vector"), values))
+            lines = chunk["ids"].tobytes().splitlines()
+            papers = map(json.loads, lines)
+            table = [one | {"vector": v} for one, v in zip(papers, chunk["vectors"], strict=True)]
+            writer.write_table(pa.Table.from_pylist(table, schema=schema))
 
 
 def main() -> None:

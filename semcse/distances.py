@@ -68,8 +68,8 @@ def ranks(
     positives = torch.arange(len(queries)) if positives is None else positives
     result = torch.ones(len(queries), dtype=torch.float64)
     for block in _blocks(queries, candidates, metric, positives):
-        own, _ = _points(candidates[positives[block.rows]], metric)
-        to_positive = (block.queries - own).square().sum(dim=1, keepdim=True)
+        positive, _ = _points(candidates[positives[block.rows]], metric)
+        to_positive = (block.queries - positive).square().sum(dim=1, keepdim=True)
         absolute = UNIT_TIE if metric == "cosine" else 0.0
         margin = block.error + 4 * TIE * to_positive + absolute
         closer = block.squares < to_positive - margin
@@ -139,31 +139,31 @@ class _Block(NamedTuple):
 def _blocks(
     queries: Tensor, candidates: Tensor, metric: Metric, excluded: Tensor | None
 ) -> Iterator[_Block]:
-    """All blocks; for one block of candidates after the other, all blocks of queries."""
+    """All pairs of a block of candidates (outer loop) and a block of queries (inner loop)."""
     for start in range(0, len(candidates), CANDIDATE_BLOCK):
         c, c_squares = _points(candidates[start : start + CANDIDATE_BLOCK], metric)
         for first in range(0, len(queries), QUERY_BLOCK):
             rows = slice(first, first + QUERY_BLOCK)
             q, q_squares = _points(queries[rows], metric)
             squares = torch.addmm(q_squares[:, None] + c_squares, q, c.T, alpha=-2)
-            # A sum of d products has at most d roundings of eps / 2. There are four such sums; the
-            # factor 4 is twice what they need.
+            # The rounding errors of `squares` and of the distances computed from q - c are each at
+            # most (d + 8) eps (|q|^2 + |c|^2); the factor 4 is twice their sum.
             relative = 4 * (q.shape[1] + 8) * torch.finfo(torch.float64).eps
             if excluded is not None:
-                own = excluded[rows] - start
-                inside = ((own >= 0) & (own < len(c))).nonzero()[:, 0]
-                squares[inside, own[inside]] = torch.inf
+                column = excluded[rows] - start
+                inside = ((column >= 0) & (column < len(c))).nonzero()[:, 0]
+                squares[inside, column[inside]] = torch.inf
             error = relative * (q_squares[:, None] + c_squares.max())
             yield _Block(rows, start, q, c, squares, error)
 
 
 def _points(vectors: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """(n, d) vectors in float64, scaled to length 1 for the cosine, and their (n,) squared lengths."""
+    """(n, d) float64 vectors, scaled to length 1 for the cosine, and their (n,) squared lengths."""
     points = vectors.double()
     lengths = torch.linalg.vector_norm(points, dim=1)
     if not torch.isfinite(lengths).all():
         raise ValueError("the vectors contain NaN or infinity")
     if metric == "cosine":
-        scale = lengths.clamp_min(1e-12)  # as torch's normalize, so a zero vector stays zero
+        scale = lengths.clamp_min(1e-12)  # like torch's normalize: a zero vector stays zero
         points, lengths = points / scale[:, None], lengths / scale
     return points, lengths.square()

@@ -118,8 +118,8 @@ def exact_keys(queries: Tensor, candidates: Tensor, metric: Metric) -> list[list
 def exact_ranks(keys: list[list[Fraction]], positives: list[int]) -> list[float]:
     """1 + the number of strictly closer candidates + half of the others that are equally close."""
     return [
-        1 + sum(key < row[own] for key in row) + (row.count(row[own]) - 1) / 2
-        for row, own in zip(keys, positives, strict=True)
+        1 + sum(key < row[positive] for key in row) + (row.count(row[positive]) - 1) / 2
+        for row, positive in zip(keys, positives, strict=True)
     ]
 
 
@@ -216,9 +216,10 @@ def test_ranks_and_neighbors_are_exact_where_float32_is_not(
     use_blocks(monkeypatch, 5, 13)
     candidates = HARD[name]()
     queries = (0.7 * candidates + 0.3 * candidates.roll(7, dims=0))[:12]
-    own = [(7 * i) % 60 for i in range(12)]
+    positives = [(7 * i) % 60 for i in range(12)]
     keys = exact_keys(queries, candidates, metric)
-    assert ranks(queries, candidates, metric, torch.tensor(own)).tolist() == exact_ranks(keys, own)
+    found_ranks = ranks(queries, candidates, metric, torch.tensor(positives))
+    assert found_ranks.tolist() == exact_ranks(keys, positives)
     found_distances, found = nearest(queries, candidates, 5, metric)
     assert found.tolist() == [sorted(range(len(row)), key=row.__getitem__)[:5] for row in keys]
     if metric == "euclidean":
@@ -349,11 +350,13 @@ def test_nearest_agree_with_scikit_learn(metric: Metric) -> None:
     candidates, queries = draw(300, 16) + 0.5, draw(40, 16, seed=1)
     peer = NearestNeighbors(n_neighbors=10, metric=metric, algorithm="brute")
     peer.fit(candidates.double().numpy())
-    own = torch.arange(300)
     for (found_distances, found), (peer_distances, peer_found) in (
         (nearest(queries, candidates, 10, metric), peer.kneighbors(queries.double().numpy())),
         # Without queries: the neighbors of each candidate, without itself.
-        (nearest(candidates, candidates, 10, metric, excluded=own), peer.kneighbors()),
+        (
+            nearest(candidates, candidates, 10, metric, excluded=torch.arange(300)),
+            peer.kneighbors(),
+        ),
     ):
         assert np.array_equal(found.numpy(), peer_found)
         np.testing.assert_allclose(found_distances.numpy(), peer_distances, rtol=1e-9, atol=1e-12)
