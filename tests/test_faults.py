@@ -63,10 +63,6 @@ def test_a_killed_generation_loses_nothing(folder: Path) -> None:
     faults.kill_generation(folder, 100, "SIGKILL")
 
 
-def test_a_killed_training_run_loses_nothing(folder: Path) -> None:
-    assert killing.kill_training(folder, 101, "SIGKILL").startswith("resumed from step")
-
-
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_loses_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +71,7 @@ def test_a_limit_on_the_size_of_files_loses_nothing(
     killing.full_disk(folder, 100)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_two_runs_notices_what_is_lost(folder: Path) -> None:
     expected = killing.undisturbed(killing.world_of(folder))
     other = folder / "other"
