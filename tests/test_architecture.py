@@ -94,15 +94,6 @@ def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
     assert imported(path) == {"a", "b", "d", "e", "g", "h", "i"}
 
 
-def test_scripts_of_the_root_do_not_import_each_other_in_a_circle() -> None:
-    stems = {path.stem for path in ROOT_SCRIPTS}
-    left = {path.stem: imported(path) & stems for path in ROOT_SCRIPTS}
-    while free := [name for name, needed in left.items() if not needed & set(left)]:
-        for name in free:
-            del left[name]
-    assert not left
-
-
 OBSERVE = """
 import ast, importlib, json, logging, os, pathlib, random, signal, sys, threading, warnings
 root, here, ours = pathlib.Path(sys.argv[1]), pathlib.Path.cwd(), json.loads(sys.argv[2])

@@ -237,8 +237,6 @@ def test_a_bad_command_line_ends_with_code_2_and_names_the_word(
     [
         (["--nonsense"], "--nonsense"),
         (["--batch-size", "many"], "'many'"),
-        (["--metric", "manhattan"], "manhattan"),
-        (["--batch-size", "1"], "error: setting --batch-size"),
         (["--output-dir", "a file"], "error: --output-dir"),
         (["--train-file", "missing.jsonl"], "error: missing.jsonl"),
     ],
