@@ -1,6 +1,4 @@
-"""semcse/run_folder.py: which runs count as finished, what a resumed run may change, and what a kill
-leaves.
-"""
+"""semcse/run_folder.py: which runs are finished, what resumed runs may change, what kills leave."""
 
 from __future__ import annotations
 
@@ -190,7 +188,7 @@ def command():
         folder.begin({}, {}, resume=False)
 sys.exit(run_command(command))
 """
-# Numbers of the Linux kernel: root's right to override permissions, and the request to drop a right.
+# Numbers of the Linux kernel: the right to override permissions, and the request to drop a right.
 CAP_DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24
 
 
