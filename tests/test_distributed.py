@@ -1,5 +1,5 @@
-"""Training on several processes (gloo, CPU): the same losses and gradients as one process, one
-decision for all, and no hanging when one dies.
+"""Training on several processes (gloo, CPU) gives the losses and gradients of one process. A signal
+stops all of them, and none waits for ever if another dies or hangs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from test_training import (
 )
 from torch import Tensor
 
-from semcse.checkpoints import facts_of
-from semcse.distributed import ALONE, Group, join
+from semcse import distributed
+from semcse.checkpoints import describe_run
+from semcse.distributed import SINGLE_PROCESS, ProcessGroup, join
 from semcse.errors import UserError
 from semcse.papers import Paper
 from settings import Settings
@@ -41,7 +43,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 fork = multiprocessing.get_context("fork")
 
 
-def together(size: int, action: Callable[[Group], Any], lost: int | None = None) -> list[Any]:
+def together(
+    size: int, action: Callable[[ProcessGroup], Any], lost: int | None = None
+) -> list[Any]:
     """What `action` returns, or the name and text of what it raises, in each of `size` processes as
     torchrun starts them; None of `lost`, which hangs.
     """
@@ -96,16 +100,16 @@ def _received(receiver: Any, deadline: float) -> Any:
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """Gets the gradients of every step, as the optimizer will use them."""
     found: list[list[Tensor]] = []
-    plain = Group.sum_gradients
+    plain = ProcessGroup.sum_gradients
 
-    def recording(self: Group, parameters: Any) -> None:
+    def recording(self: ProcessGroup, parameters: Any) -> None:
         parameters = list(parameters)
         plain(self, parameters)
         found.append(
             [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
         )
 
-    monkeypatch.setattr(Group, "sum_gradients", recording)
+    monkeypatch.setattr(ProcessGroup, "sum_gradients", recording)
     return found
 
 
@@ -141,7 +145,7 @@ def test_several_processes_equal_one(
     shared_settings = make_settings(max_steps=3, learning_rate=1e-6, **changes)
     papers, held_out = toy_papers(12), toy_papers(4, 50)
 
-    def run(group: Group) -> Any:
+    def run(group: ProcessGroup) -> Any:
         settings = (
             shared_settings
             if group.size > 1
@@ -152,7 +156,7 @@ def test_several_processes_equal_one(
         train(encoder, papers, held_out, settings, tmp_path / f"{group.size}-{group.rank}", group)
         return [[one.numpy() for one in step] for step in gradients]
 
-    plain = run(ALONE)
+    plain = run(SINGLE_PROCESS)
     gradients.clear()
     shared = together(size, run)
     assert sorted(os.listdir(tmp_path)) == ["1-0", f"{size}-0"]
@@ -177,7 +181,7 @@ def test_several_processes_equal_one(
         assert {key: row[key] for key in kept} == pytest.approx(kept, rel=1e-5)
 
 
-def run_of(encoder: Path, folder: Path, settings: Settings) -> Callable[[Group], Any]:
+def run_of(encoder: Path, folder: Path, settings: Settings) -> Callable[[ProcessGroup], Any]:
     return lambda group: dataclasses.asdict(
         train(load(encoder), toy_papers(40), toy_papers(8, 50), settings, folder, group)
     )
@@ -196,7 +200,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_resume_equals_the_who
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopped(group: Group) -> Any:
+    def stopped(group: ProcessGroup) -> Any:
         if group.rank == 1:
             before_step(monkeypatch, 5, twice_terminated)
         return run_of(tiny_bert, tmp_path / "stopped", make_settings())(group)
@@ -224,9 +228,9 @@ def test_a_dead_or_hanging_process_ends_the_others_with_one_line(
     STEP_MINUTES.
     """
     if way == "hangs":
-        monkeypatch.setattr(parallel, "STEP_MINUTES", 0.2)
+        monkeypatch.setattr(distributed, "STEP_TIMEOUT", timedelta(seconds=12))
 
-    def faulty(group: Group) -> Any:
+    def faulty(group: ProcessGroup) -> Any:
         if group.rank == rank:
             before_step(monkeypatch, 5, lambda: os._exit(9) if way == "dies" else time.sleep(1000))
         return run_of(tiny_bert, tmp_path, make_settings())(group)
@@ -240,8 +244,8 @@ def test_a_dead_or_hanging_process_ends_the_others_with_one_line(
 
 
 def test_processes_with_other_data_are_refused(tiny_bert: Path) -> None:
-    def facts(group: Group) -> Any:
-        return facts_of(
+    def facts(group: ProcessGroup) -> Any:
+        return describe_run(
             load(tiny_bert),
             group,
             toy_papers(4 + group.rank),
@@ -256,9 +260,9 @@ def test_processes_with_other_data_are_refused(tiny_bert: Path) -> None:
 
 def test_without_a_launcher_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join("cpu") is ALONE
+    assert join("cpu") is SINGLE_PROCESS
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert join("cpu") is ALONE
+    assert join("cpu") is SINGLE_PROCESS
     assert not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
