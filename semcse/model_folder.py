@@ -385,3 +385,37 @@ def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
             **special,
         ),
     )
+
+
+def save_model(encoder: Encoder, folder: Path, base: str) -> None:
+    """Write one folder that AutoModel and SentenceTransformer both open (see the module's first
+    lines); it appears whole or not at all.
+
+    Args:
+        folder: replaced if it exists.
+        base: the encoder that training started from, recorded in the marker.
+
+    Raises:
+        UserError: a model that the two cannot open so (an adapter in it, a pooling that
+            training does not know).
+    """
+    if encoder.usage.pooling not in get_args(Pooling) or any(
+        type(module).__name__ == "AdaptedNorm" for module in encoder.model.modules()
+    ):
+        raise UserError(
+            f"model {encoder.name} cannot be saved as one folder that others open",
+            "use its own files, or train from its base",
+        )
+    with files.atomic_path(folder) as partial:
+        with _no_library_bars():
+            encoder.model.save_pretrained(partial)  # type: ignore[operator]
+        encoder.tokenizer.model_max_length = encoder.usage.max_length
+        # of the last call: readers set their own
+        encoder.tokenizer.backend_tokenizer.no_truncation()
+        encoder.tokenizer.save_pretrained(partial)
+        _name_tokenizer_class(partial / "tokenizer_config.json")
+        config: Any = encoder.model.config
+        st_files = _sentence_transformers_files(encoder.usage, int(config.hidden_size))
+        for name, content in st_files.items():
+            files.write_json(partial / name, content)
+        files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(encoder.usage)})
