@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_training import load, toy_papers
 from torch import Tensor
+from toy_training import load, toy_papers
 
 from semcse import checkpoints
 from semcse.checkpoints import describe_run
@@ -93,7 +93,8 @@ def test_every_damage_is_noticed(
     try:
         tensors, state = checkpoints.read(path)
     except RunError as error:
-        assert str(path) in error.what
+        file_is_named = str(path) in error.what
+        assert file_is_named
     else:
         assert damage == "flip"
         assert same_bits(tensors)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import load, make_settings, rows_of, toy_papers, without_dropout
 from torch import Tensor, nn
+from toy_training import load, make_settings, rows_of, toy_papers, without_dropout
 
 from semcse.encoder import Encoder
 from train_embedding_model import train
