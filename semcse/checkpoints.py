@@ -32,15 +32,13 @@ PATTERN = "step-[0-9]*.safetensors"
 def write(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint atomically, then delete old ones.
+    """Write the checkpoint of `step` atomically, then delete all but the `keep` newest ones.
+
+    Checkpoints of later steps are deleted too: the resumed run found them damaged.
 
     Args:
-        folder: the folder of the run's checkpoints.
-        step: the number of training steps done.
         tensors: name -> tensor of any shape and type.
         state: everything else, as JSON values.
-        keep: how many checkpoints to keep, this one included. Checkpoints of later steps are
-            deleted too: the resumed run found them damaged.
 
     Raises:
         OSError: for example a full disk. The older checkpoints stay.
@@ -60,8 +58,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the state of a checkpoint.
 
     Raises:
-        RunError: the content is not what `write` wrote.
-        OSError: the file is missing or cannot be read.
+        RunError: the content is not what `write` wrote. A missing file raises OSError.
     """
     try:
         with safe_open(path, framework="pt") as stored:
@@ -109,8 +106,8 @@ def describe_run(
     """Return what settings.json records about a run apart from its settings.
 
     `inputs` must be the same on all processes, and again when the run is resumed. It holds the
-    first 16 digits of SHA-256 sums. They are computed from the papers as they were read, so a
-    papers file may be compressed in between, and from the encoder as it was loaded.
+    first 16 digits of SHA-256 sums of the papers as they were read (a papers file may be compressed
+    in between) and of the encoder as it was loaded.
 
     Raises:
         UserError: the processes of `group` have different inputs.
@@ -141,12 +138,10 @@ def _papers_sum(papers: list[Paper]) -> str:
 
 
 def _encoder_sum(encoder: Encoder) -> str:
-    """The sum of weights, configuration and tokenizer. Where the model was loaded from, and by
-    which version of transformers, does not count.
-    """
+    """The sum of weights, configuration and tokenizer; the place that they come from is ignored."""
     config: Any = encoder.model.config
-    varying = ("_name_or_path", "transformers_version")
-    facts = {key: value for key, value in config.to_dict().items() if key not in varying}
+    ignored = ("_name_or_path", "transformers_version")
+    facts = {key: value for key, value in config.to_dict().items() if key not in ignored}
     text = json.dumps(facts, sort_keys=True, default=str)
     text += encoder.tokenizer.backend_tokenizer.to_str()
     return _checksum(encoder.model.state_dict(), text)[:16]

@@ -46,11 +46,10 @@ class ProcessGroup:
         return texts[self.rank :: self.size] or texts[:1]
 
     def gather(self, vectors: Tensor, total: int) -> Tensor:
-        """Gather vectors from all processes.
+        """Gather the vectors of all `total` texts.
 
         Args:
             vectors: (m, d) vectors of this process's share of the texts.
-            total: the number of texts of all processes.
 
         Returns:
             (total, d) vectors in the order of the texts. Gradients flow to `vectors` only.
@@ -119,11 +118,10 @@ def join(device: str) -> ProcessGroup:
         device: "auto", "cpu" or "cuda", as in the settings.
 
     Returns:
-        SINGLE_PROCESS if WORLD_SIZE is unset or 1.
+        The group, or SINGLE_PROCESS if the environment variable WORLD_SIZE is unset or 1.
 
     Raises:
-        UserError: RANK or LOCAL_RANK is missing, or there are fewer GPUs than processes.
-        RunError: another process cannot be reached.
+        UserError: RANK or LOCAL_RANK is unset, or there are fewer GPUs than processes.
     """
     size, rank, local_rank = (
         int(os.environ.get(name, default))

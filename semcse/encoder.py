@@ -43,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Vectors of n texts, (n, d) float32 on the CPU, and how many texts exceeded the length limit."""
+    """Vectors (n, d) of n texts, float32 on the CPU, and how many texts were cut to fit."""
 
     vectors: Tensor
     cut: int
@@ -67,7 +67,7 @@ class Encoder:
         return next(self.model.parameters()).device
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Return the token ids of each text, special tokens included, cut at `max_length` tokens."""
+        """Return the token ids of each text, with special tokens, cut to `max_length` tokens."""
         encoded = self.tokenizer(
             list(texts),
             truncation=True,

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,36 +138,31 @@ def hidden_states(model: Any, batch: PackedBatch) -> list[Tensor]:
     hidden = model.embeddings(
         input_ids=batch.ids[None], position_ids=batch.positions[None] + first_position(model)
     )[0]  # (total, d)
-    is_deberta = type(model).__name__ == "DebertaV2Model"
-    table = model.encoder.get_rel_embedding() if is_deberta else None
+    attention: Callable[..., Tensor] = _bert_attention
+    if type(model).__name__ == "DebertaV2Model":
+        attention = partial(_deberta_attention, table=model.encoder.get_rel_embedding())
     for layer in model.encoder.layer:
-        if is_deberta:
-            context = _deberta_attention(layer.attention.self, hidden, batch, table)
-        else:
-            context = _bert_attention(layer.attention.self, hidden, batch)
+        context = attention(layer.attention.self, hidden, batch)
         attended = layer.attention.output(context, hidden)
         hidden = layer.output(layer.intermediate(attended), attended)
     return batch.split(hidden)
 
 
 def _heads(linear: Any, array: Tensor, batch: PackedBatch, heads: int) -> list[Tensor]:
-    """(total, d) -> for each group (texts, heads, length, d / heads)."""
-    return [
-        group.unflatten(-1, (heads, -1)).transpose(1, 2) for group in batch.split(linear(array))
-    ]
+    """(total, d) -> for each group (texts, heads, length, size), where size = d / heads."""
+    groups = batch.split(linear(array))
+    return [group.view(*group.shape[:2], heads, -1).transpose(1, 2) for group in groups]
 
 
 def _attend(scores: Tensor, values: Tensor, mask: Tensor, dropout: Any) -> Tensor:
-    """Scores (texts, heads, length, length) and values (texts, heads, length, d / heads) -> contexts
-    of the values' shape.
-    """
+    """Scores (texts, heads, length, length), values (texts, heads, length, size) -> as values."""
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weighted: Tensor = dropout(torch.softmax(scores, dim=-1)) @ values
     return weighted
 
 
 def _join(contexts: list[Tensor], total: int) -> Tensor:
-    """Each group's (texts, heads, length, d / heads) -> (total, d), with zeros at filler tokens."""
+    """Each group's (texts, heads, length, size) -> (total, d), with zeros at filler tokens."""
     joined = torch.cat([one.transpose(1, 2).flatten(2).flatten(0, 1) for one in contexts])
     return functional.pad(joined, (0, 0, 0, total - len(joined)))
 
@@ -182,26 +178,21 @@ def _bert_attention(attention: Any, hidden: Tensor, batch: PackedBatch) -> Tenso
         if attention.training:
             scores = (q * attention.scaling) @ k.transpose(-1, -2)
             contexts.append(_attend(scores, v, mask, attention.dropout))
-        else:  # faster, but slower with dropout
-            contexts.append(
-                functional.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask[:, None, None], scale=attention.scaling
-                )
-            )
+        else:  # PyTorch's fused attention is faster on a CPU, but slower if it applies dropout.
+            fused = functional.scaled_dot_product_attention
+            contexts.append(fused(q, k, v, mask[:, None, None], scale=attention.scaling))
     return _join(contexts, len(hidden))
 
 
 def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table: Tensor) -> Tensor:
     """Disentangled self-attention, (total, d) -> (total, d).
 
-    The score of tokens i and j is (q_i . k_j + q_i . K[i - j] + k_j . Q[i - j]) / sqrt(3 * d /
-    heads), where K and Q are the key and query projections of the table of relative positions. In
-    texts of L tokens, only the 2L - 1 distances from -(L - 1) to L - 1 occur. transformers
-    multiplies with all rows of the table (512 in published models) and then gathers; here only
-    those 2L - 1 rows are multiplied, and `_by_position` replaces the gathering.
-
-    Args:
-        table: (2 * position_buckets, d), one row for each bucket of relative positions.
+    The score of tokens i and j is (q_i . k_j + q_i . K[i - j] + k_j . Q[i - j]) / sqrt(3 * size),
+    where K and Q are the key and query projections of `table`, (2 * position_buckets, d), which has
+    a row for each bucket of relative positions. In texts of L tokens, only the 2L - 1 distances
+    from -(L - 1) to L - 1 occur. transformers multiplies with all rows of the table (512 in
+    published models) and then gathers. Here, only those 2L - 1 rows are multiplied, and
+    `_by_position` replaces the gathering.
     """
     heads = attention.num_attention_heads
     queries, keys, values = (
@@ -210,8 +201,8 @@ def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table
     )
     longest = batch.masks[0].shape[1]
     rows = attention.pos_dropout(table)[_table_rows(attention, longest, hidden.device)]
-    distance_queries, distance_keys = (  # (heads, d / heads, 2 * longest - 1)
-        linear(rows).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+    distance_queries, distance_keys = (  # (heads, size, 2 * longest - 1)
+        linear(rows).view(len(rows), heads, -1).permute(1, 2, 0)
         for linear in (attention.query_proj, attention.key_proj)
     )
     distance_keys = distance_keys.flip(-1)  # `_by_position` wants the distances j - i for queries
@@ -221,10 +212,10 @@ def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table
         length = mask.shape[1]
         # the 2 * length - 1 distances in the middle
         occurring = slice(longest - length, longest + length - 1)
-        q, k_scaled = q * scale, k * scale
+        q = q * scale
         scores = q @ k.transpose(-1, -2)
         scores = scores + _by_position(q @ distance_keys[..., occurring])
-        transposed = _by_position(k_scaled @ distance_queries[..., occurring])
+        transposed = _by_position(k @ distance_queries[..., occurring] * scale)
         contexts.append(_attend(scores + transposed.transpose(-1, -2), v, mask, attention.dropout))
     return _join(contexts, len(hidden))
 
@@ -235,8 +226,9 @@ def _table_rows(attention: Any, length: int, device: torch.device) -> Tensor:
     """
     buckets = attention.position_buckets
     distances = torch.arange(1 - length, length, device=device)
-    bucket = make_log_bucket_position(distances, buckets, attention.max_relative_positions).long()
-    return (bucket + buckets).clamp(0, 2 * buckets - 1)
+    bucket = make_log_bucket_position(distances, buckets, attention.max_relative_positions)
+    rows: Tensor = (bucket.long() + buckets).clamp(0, 2 * buckets - 1)
+    return rows
 
 
 def _by_position(by_distance: Tensor) -> Tensor:

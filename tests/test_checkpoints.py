@@ -86,10 +86,11 @@ def test_every_damage_is_noticed(
     """
     checkpoints.write(tmp_path, 1, TENSORS, STATE, keep=1)
     path = tmp_path / "step-00000001.safetensors"
-    content = bytearray(path.read_bytes())
+    content = path.read_bytes()
     place = int(where * len(content))
     flipped = content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
-    path.write_bytes({"flip": flipped, "cut": content[:place], "replace": noise}[damage])
+    damaged: dict[str, bytes] = {"flip": flipped, "cut": content[:place], "replace": noise}
+    path.write_bytes(damaged[damage])
     try:
         tensors, state = checkpoints.read(path)
     except RunError as error:

@@ -170,7 +170,7 @@ def test_other_models_take_their_own_forward_pass() -> None:
 
     with_convolution = transformers.DebertaV2Config(**DEBERTA)
     with_convolution.conv_kernel_size = 3
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     modern = transformers.ModernBertConfig(**SMALL, **special, cls_token_id=1, sep_token_id=2)
     for model in (
         Changed(transformers.BertConfig(**SMALL)),
