@@ -129,7 +129,7 @@ def agreement(folder: str | Path) -> str:
     found = []
     for forward in (encoder.forward, encoder.forward_padded):
         encoder.model.zero_grad()
-        loss = torch.cdist(*forward(ids).split(8)).exp().mean().log()
+        loss = torch.cdist(*torch.split(forward(ids), 8)).exp().mean().log()
         loss.backward()  # type: ignore[no-untyped-call]
         found.append(
             (

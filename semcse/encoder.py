@@ -7,9 +7,8 @@ card) or the mean over its tokens ("mean"). Models that others trained may also 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -92,7 +91,7 @@ class Encoder:
             batch = packed.pack(ids, self._pad_id, self.device)
             groups = packed.hidden_states(self.model, batch)
             pooled = [self._pool(*group) for group in zip(groups, batch.masks, strict=True)]
-            return self._finish(torch.cat(pooled)[batch.order])
+            return torch.cat(pooled)[batch.order]
         return self.forward_padded(ids)
 
     def forward_padded(self, ids: Sequence[Sequence[int]]) -> Tensor:
@@ -104,19 +103,19 @@ class Encoder:
         padded = torch.tensor([[*row, *[self._pad_id] * (longest - len(row))] for row in ids])
         mask = (torch.arange(longest) < lengths[:, None]).to(self.device)
         output = self.model(input_ids=padded.to(self.device), attention_mask=mask.long())
-        return self._finish(self._pool(output.last_hidden_state, mask))
+        return self._pool(output.last_hidden_state, mask)
 
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
 
-    def _finish(self, vectors: Tensor) -> Tensor:
-        return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
-
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (n, length, d) and mask (n, length) -> vectors (n, d)."""
         if self.usage.pooling == "pooler":
-            return cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
-        return pool(hidden, mask, self.usage.pooling)
+            vectors = cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
+        else:
+            vectors = pool(hidden, mask, self.usage.pooling)
+        return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
 
     def embed(self, texts: Sequence[str], prompt: str = "", label: str = "") -> Embedded:
         """Embed texts without dropout. The vectors are in the order of the texts.
@@ -154,15 +153,15 @@ class Encoder:
         """Yield `_tokenize_and_count` of CHUNK_TEXTS texts at a time. The next chunk is tokenized
         in the background while the caller runs the model.
         """
-        waiting: deque[Future[tuple[list[list[int]], int]]] = deque()
         with ThreadPoolExecutor(1) as background:
+            next_chunk = None
             for start in range(0, len(texts), CHUNK_TEXTS):
                 chunk = [prompt + text for text in texts[start : start + CHUNK_TEXTS]]
-                waiting.append(background.submit(self._tokenize_and_count, chunk))
-                if len(waiting) > 1:
-                    yield waiting.popleft().result()
-            if waiting:
-                yield waiting.popleft().result()
+                ready, next_chunk = next_chunk, background.submit(self._tokenize_and_count, chunk)
+                if ready is not None:
+                    yield ready.result()
+            if next_chunk is not None:
+                yield next_chunk.result()
 
     def _tokenize_and_count(self, texts: list[str]) -> tuple[list[list[int]], int]:
         """Return token ids, and how many texts were cut. To count them, the texts that reach the

@@ -28,8 +28,8 @@ from torch.nn import functional
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel")
-# The array is filled up to a multiple of this many tokens. On a CPU, oneDNN compiles and keeps code
-# for every shape that it meets, so fewer different shapes save time and memory.
+# The array is filled up to a multiple of this many tokens. On a CPU, oneDNN keeps compiled code for
+# every shape that it meets: with any length, MiniLM takes 200 MiB more after 40 training steps.
 TOTAL_MULTIPLE = 64
 
 
