@@ -24,9 +24,13 @@ TAGS = "sentence-transformers sentence-similarity feature-extraction semcse scie
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is the id of a repository on the Hub, NAME/REPO."""
+    # huggingface_hub reads its environment variables at the first import of these.
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
-        hub.utils.validate_repo_id(name)  # type: ignore[attr-defined]
-    except hub.errors.HFValidationError:
+        validate_repo_id(name)
+    except HFValidationError:
         return False
     return name.count("/") == 1
 

@@ -28,7 +28,7 @@ from semcse import files
 from semcse.encoder import Encoder, Usage
 from semcse.errors import RunError, UserError
 from semcse.model_card import is_hub_id, public_name
-from semcse.model_folder import load_encoder
+from semcse.model_folder import load_encoder, save_model
 from semcse.report import read_run
 from semcse.tables import ROWS, TASKS, main_score
 
@@ -93,17 +93,10 @@ def change_tasks(run: Path, stem: str, **values: dict[str, Any]) -> None:
     change(run / f"{stem}.json", tasks=tasks | values)
 
 
-def dry_run(run: Path, **flags: Any) -> str:
-    """Make the card without uploading."""
+def card_of(run: Path, **flags: Any) -> str:
+    """The card that a dry run writes."""
     publish(Command(str(run), REPO, dry_run=True, **flags))
     return (run / "model_card.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def card_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`dry_run` without the slow check of the vectors."""
-    monkeypatch.setattr(publish_model, "check_vectors", lambda *_: None)
-    return dry_run
 
 
 def python_examples(card: str) -> list[str]:
@@ -128,7 +121,7 @@ def test_the_examples_of_the_card_give_our_vectors_and_print_the_distances(
 ) -> None:
     if metric == "cosine":
         encoder = load_encoder(str(run / "model"), Usage("mean", "cosine", 60), "cpu")
-        encoder.save(run / "model", base="tiny")
+        save_model(encoder, run / "model", base="tiny")
         change_settings(run, pooling="mean", metric="cosine", loss="infonce", temperature=0.07)
         change(run / "benchmark.json", pooling="mean", metric="cosine")
     vectors = our_encoder(run).embed(TEXTS).vectors.numpy()
@@ -136,7 +129,7 @@ def test_the_examples_of_the_card_give_our_vectors_and_print_the_distances(
     cosine = float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
     distance = float(np.linalg.norm(one - other))
     expected = {"euclidean": [distance, -distance], "cosine": [cosine, cosine]}[metric]
-    examples = python_examples(dry_run(run))
+    examples = python_examples(card_of(run))
     for example, value in zip(examples, expected, strict=True):
         names: dict[str, Any] = {}
         capsys.readouterr()
@@ -146,7 +139,7 @@ def test_the_examples_of_the_card_give_our_vectors_and_print_the_distances(
         assert float(printed[1]) == pytest.approx(value, abs=1e-3)
 
 
-def test_the_metadata_holds_what_the_hub_reads(run: Path, card_of: Callable[..., str]) -> None:
+def test_the_metadata_holds_what_the_hub_reads(run: Path) -> None:
     card = ModelCard(card_of(run, license="mit"))
     data: Any = card.data
     assert (data["license"], data["language"], data["model_name"]) == ("mit", "en", "my-semcse")
@@ -168,9 +161,7 @@ def test_the_metadata_holds_what_the_hub_reads(run: Path, card_of: Callable[...,
     assert again.to_dict() == data.to_dict()
 
 
-def test_the_text_agrees_with_the_files_of_the_run(
-    run: Path, trained: Path, card_of: Callable[..., str]
-) -> None:
+def test_the_text_agrees_with_the_files_of_the_run(run: Path, trained: Path) -> None:
     card = card_of(run)
     facts, best = files.read_json(run / "settings.json"), read_run(run, "run").best
     rows, papers = table_rows(card), facts["papers"]
@@ -205,7 +196,7 @@ def test_the_text_agrees_with_the_files_of_the_run(
     assert "Perf" not in card  # two rows are the same, because the encoder has no recipe
 
 
-def test_the_citation_is_that_of_the_repository(run: Path, card_of: Callable[..., str]) -> None:
+def test_the_citation_is_that_of_the_repository(run: Path) -> None:
     bibtex = card_of(run).split("```bibtex")[1]
     cff = (ROOT / "CITATION.cff").read_text(encoding="utf-8").split("preferred-citation:")[1]
     for key in ("title", "family-names", "given-names", "collection-title", "start", "end", "year"):
@@ -213,7 +204,7 @@ def test_the_citation_is_that_of_the_repository(run: Path, card_of: Callable[...
             assert value in bibtex
 
 
-def test_perf_is_shown_where_it_is_defined(run: Path, card_of: Callable[..., str]) -> None:
+def test_perf_is_shown_where_it_is_defined(run: Path) -> None:
     for stem, rank, purity in (("before", 4, 0.2), ("benchmark", 3, 0.3), ("recipe", 1, 0.4)):
         old = files.read_json(run / f"{stem}.json")["tasks"]
         new = {task: {main_score(task): float(rank)} for task in TASKS}
@@ -234,9 +225,7 @@ def test_perf_is_shown_where_it_is_defined(run: Path, card_of: Callable[..., str
     assert with_scores == set(TASKS) - {"query"}
 
 
-def test_the_card_uses_the_training_file_unless_it_was_changed_since(
-    run: Path, card_of: Callable[..., str]
-) -> None:
+def test_the_card_uses_the_training_file_unless_it_was_changed_since(run: Path) -> None:
     train = run.parent / "train.jsonl"
     sources = ("allenai/scirepeval fos", "mine.bib", "")
     rows = [make_paper(n, source=source) for n, source in enumerate(sources)]
@@ -265,7 +254,7 @@ HOSTILE = (
 )
 
 
-def test_hostile_names_are_only_text(run: Path, card_of: Callable[..., str]) -> None:
+def test_hostile_names_are_only_text(run: Path) -> None:
     markdown = MarkdownIt().enable("table")
     expected = [token.type for token in markdown.parse(card_of(run).split("\n---\n", 1)[1])]
     name = HOSTILE.replace("/", " ")
@@ -321,7 +310,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "semcse.json: no such file": lambda run: (run / "model/semcse.json").unlink(),
     "sentence-transformers": lambda run: (run / "model/1_Pooling/config.json").unlink(),
     "cannot be loaded": damage_weights,
-    "does not name a known metric": lambda run: change(run / "model/semcse.json", metric="dot"),
+    "metric dot": lambda run: change(run / "model/semcse.json", metric="dot"),
     "transformers gives other vectors": lambda run: change_settings(run, pooling="mean"),
     "sentence-transformers gives other vectors": change_pooling_file,
     "sentence-transformers gives other vectors ": change_length,
@@ -336,12 +325,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_run_is_refused(message: str, run: Path) -> None:
     DAMAGE[message](run)
     with pytest.raises(UserError, match=message.strip()) as caught:
-        dry_run(run)
+        card_of(run)
     assert caught.value.exit_code == 2
     assert not (run / "model_card.md").exists()
 
 
-def hub_environment(hub: HubStub, home: Path, token: str = "") -> dict[str, str]:
+def hub_environment(hub: HubStub, home: Path, token: str = "") -> Any:
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -427,7 +416,6 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
 def test_publishing_again_uploads_only_what_changed(
     run: Path,
     stub: HubStub,
-    card_of: object,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
