@@ -386,22 +386,6 @@ def test_upload_and_download(run: Path, trained: Path, tmp_path: Path) -> None:
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
-def test_a_dry_run_needs_neither_network_nor_token(run: Path, tmp_path: Path) -> None:
-    words = ("publish_model.py", "--run", run, "--repo-id", REPO)
-    with HubStub(SECRET) as hub:
-        done = run_script(*words, "--dry-run", **hub_environment(hub, tmp_path / "home"))
-        refused = run_script(*words, **hub_environment(hub, tmp_path / "home"))
-        assert hub.asked == []
-    assert done.returncode == 0, done.stderr
-    listed = [line.split() for line in done.stdout.splitlines()]
-    sizes = {name: int(size.replace(",", "")) for size, name in listed}
-    assert set(sizes) == UPLOADED
-    assert sizes["model.safetensors"] == (run / "model/model.safetensors").stat().st_size
-    assert sizes["README.md"] == (run / "model_card.md").stat().st_size
-    assert refused.returncode == 2
-    assert re.fullmatch("error: .*set HF_TOKEN.*\n", refused.stderr)
-
-
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
     """The local server, which this process takes for the Hub."""
@@ -411,6 +395,22 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield hub
+
+
+def test_a_dry_run_needs_neither_network_nor_token(
+    run: Path, stub: HubStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run / "no_token"))
+    with pytest.raises(UserError, match="set HF_TOKEN"):
+        publish(Command(str(run), REPO))
+    publish(Command(str(run), REPO, dry_run=True))
+    assert stub.asked == []
+    listed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    sizes = {name: int(size.replace(",", "")) for size, name in listed}
+    assert set(sizes) == UPLOADED
+    assert sizes["model.safetensors"] == (run / "model/model.safetensors").stat().st_size
+    assert sizes["README.md"] == (run / "model_card.md").stat().st_size
 
 
 def test_publishing_again_uploads_only_what_changed(
