@@ -46,12 +46,12 @@ FIX = "publish a model folder as main.py wrote it"
 TOLERANCE = 1e-5  # largest difference of a vector, relative to the largest value above 1
 # Texts for the comparison of the libraries: each has another length, so that padding matters; one
 # has characters that tokenizers normalize differently; one is longer than any model reads.
-PROBES = (
+PROBES = [
     "Soil.",
     "Ligature ﬁnd, full width \uff21\uff22\uff23,\u200bZarrieß.",
     "Voters trust courts more than parliaments, two surveys find.",
     "river " * 9_000,
-)
+]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The text is in model_card.md.j2. It says what the run's files say, and "unknown"
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,19 +121,16 @@ def code(value: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text or ' '}{fence}"
 
 
-def card_text(facts: Mapping[str, Any], name: str, texts: tuple[str, ...]) -> str:
+def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
     """The card without its metadata. Its two Python examples load the model `name` and embed
     `texts`.
     """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    text = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(
+        text, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["code"] = code
-    environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["file"] = lambda path: Path(path).name
-    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(facts, name=name, texts=texts)
-    return text.strip() + "\n"
+    card = str(template.render(facts, code=code, literal=repr, name=name, texts=texts))
+    return card.strip() + "\n"
 
 
 def model_card(facts: Mapping[str, Any], repo_id: str) -> str:
@@ -152,5 +148,5 @@ def model_card(facts: Mapping[str, Any], repo_id: str) -> str:
         model_name=repo_id.split("/")[1],
         eval_results=eval_results(facts["run"].results["benchmark"]),
     )
-    text = card_text(facts, repo_id, ("first abstract", "second abstract"))
+    text = card_text(facts, repo_id, ["first abstract", "second abstract"])
     return f"---\n{data.to_yaml()}\n---\n\n{text}"

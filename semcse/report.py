@@ -72,7 +72,7 @@ class Run:
     summary: str
     facts: dict[str, Any]  # settings.json
     results: dict[str, dict[str, Any]]  # before.json, benchmark.json and recipe.json
-    cells: dict[str, dict[str, str]]  # result file -> task -> score and interval as text
+    cells: dict[str, list[str]]  # result file -> score and interval of each task as text
     metrics: list[dict[str, Any]]  # the rows of metrics.jsonl
     best: dict[str, Any]  # the validation row of the step whose weights were kept
 
@@ -121,19 +121,12 @@ def read_run(folder: Path, name: str) -> Run:
             "{encoder}, {metric} distance, {pooling} pooling, {loss} loss, seed {seed}; "
             f"{facts['papers']['train']} training papers; weights of step {best['step']} kept"
         ).format_map(facts["settings"])
-        return Run(folder, name, summary, facts, results, _score_cells(results), metrics, best)
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table_lines(results)]
+        cells = dict(zip(results, rows[2:], strict=True))
+        return Run(folder, name, summary, facts, results, cells, metrics, best)
     except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
         what = f"{folder}: a file is missing or was not written by a run ({error!r})"
         raise UserError(what, "run main.py again") from None
-
-
-def _score_cells(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The cells of the table in benchmark.md."""
-    lines = [line.split("|")[2:-1] for line in table_lines(results)[2:]]
-    return {
-        stem: {task: cell.strip() for task, cell in zip(TASKS, line, strict=True)}
-        for stem, line in zip(results, lines, strict=True)
-    }
 
 
 def describe_score(task: str, result: Mapping[str, Any]) -> str:
@@ -146,14 +139,14 @@ def describe_score(task: str, result: Mapping[str, Any]) -> str:
 def draw_tasks(run: Run, figure: Any) -> None:
     """Draw one panel per task, with each result file's score and its 95% interval."""
     labels = [label for label, _, _ in RESULT_STYLES.values()]
-    for axes, task in zip(figure.subplots(len(TASKS), 1), TASKS, strict=True):
+    for number, (axes, task) in enumerate(zip(figure.subplots(len(TASKS), 1), TASKS, strict=True)):
         score = describe_score(task, run.results["benchmark"]["tasks"][task])
         axes.set_title(f"{TASK_NAMES[task]}: {score}", loc="left", x=-0.2)
         axes.set(ylim=(2.6, -0.6), yticks=range(3), yticklabels=labels)
         right = axes.get_yaxis_transform()
         for row, (stem, (_, color, marker)) in enumerate(RESULT_STYLES.items()):
             result = run.results[stem]["tasks"][task]
-            axes.text(1.02, row, run.cells[stem][task], transform=right, va="center")
+            axes.text(1.02, row, run.cells[stem][number], transform=right, va="center")
             if "ci95" in result:
                 axes.plot(result["ci95"], [row, row], color=color, linewidth=2)
                 axes.plot(result[main_score(task)], row, marker, color=color)

@@ -29,6 +29,7 @@ from semcse.encoder import Encoder, Usage
 from semcse.errors import RunError, UserError
 from semcse.model_card import is_hub_id, public_name
 from semcse.model_folder import load_encoder, save_model
+from semcse.models import load_model
 from semcse.report import read_run
 from semcse.tables import ROWS, TASKS, main_score
 
@@ -133,7 +134,7 @@ def test_the_examples_of_the_card_give_our_vectors_and_print_the_distances(
     for example, value in zip(examples, expected, strict=True):
         names: dict[str, Any] = {}
         capsys.readouterr()
-        exec(example.replace(f'"{REPO}"', repr(str(run / "model"))), names)
+        exec(example.replace(repr(REPO), repr(str(run / "model"))), names)
         np.testing.assert_allclose(np.asarray(names["vectors"]), vectors, atol=1e-6)
         printed = re.findall(r"-?\d+\.\d+(?:e-\d+)?", capsys.readouterr().out)
         assert float(printed[1]) == pytest.approx(value, abs=1e-3)
@@ -330,59 +331,41 @@ def test_a_damaged_run_is_refused(message: str, run: Path) -> None:
     assert not (run / "model_card.md").exists()
 
 
-def hub_environment(hub: HubStub, home: Path, token: str = "") -> Any:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(home),
-        "NO_PROXY": "127.0.0.1",
-        "HF_TOKEN": token,
-    }
-
-
-DOWNLOAD = f"""
-import json, sys
-import numpy as np
-from semcse import load_model
-found = []
-for example in json.loads(sys.argv[1]):
-    names = {{"print": lambda *_: None}}
-    exec(example, names)
-    found.append(np.asarray(names["vectors"]).tolist())
-found.append(load_model("{REPO}", device="cpu").embed({TEXTS}).vectors.tolist())
-print(json.dumps(found))
-"""
-
-
-def test_upload_and_download(run: Path, trained: Path, tmp_path: Path) -> None:
-    """Only the right files are uploaded, without paths of this machine and without the token, and
-    the downloaded model gives the same vectors.
-    """
+def test_only_the_right_files_are_uploaded_and_give_the_same_vectors(
+    run: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The uploaded files name no path of this machine, and the token is written nowhere."""
     for name in ("optimizer.pt", "notes.txt", "checkpoint-3/model.safetensors", ".cache/token"):
         (run / "model" / name).parent.mkdir(exist_ok=True)
         (run / "model" / name).write_text("not for the Hub", encoding="utf-8")
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    environment: Any = switches | {"HF_HOME": str(home), "HF_TOKEN": SECRET}
     words = ("publish_model.py", "--run", run, "--repo-id", REPO, "--private")
     with HubStub(SECRET) as hub:
-        done = run_script(*words, **hub_environment(hub, tmp_path / "home", SECRET))
-        assert done.returncode == 0, done.stderr
-        repo = hub.repos[REPO]
-        assert repo.private
-        assert [set(paths) for paths in repo.commits] == [UPLOADED]
-        card = repo.files["README.md"].decode()
-        assert card == (run / "model_card.md").read_text(encoding="utf-8")
-        for name, content in repo.files.items():
-            text = "" if name.endswith(".safetensors") else content.decode()
-            assert not re.search(rf"{trained.parent.parent}|{tmp_path}", text), name
-        uploaded = json.loads(repo.files["benchmark.json"])
-        assert uploaded["tasks"] == files.read_json(run / "benchmark.json")["tasks"]
-        environment = hub_environment(hub, tmp_path / "empty", SECRET)
-        back = run_script("-c", DOWNLOAD, json.dumps(python_examples(card)), **environment)
-        assert back.returncode == 0, back.stderr
+        done = run_script(*words, HF_ENDPOINT=hub.url, **environment)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos[REPO]
+    assert repo.private
+    assert [set(paths) for paths in repo.commits] == [UPLOADED]
+    for name, content in repo.files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+        text = "" if name.endswith(".safetensors") else content.decode()
+        assert not re.search(rf"{trained.parent.parent}|{tmp_path}", text), name
+    card = (copy / "README.md").read_text(encoding="utf-8")
+    assert card == (run / "model_card.md").read_text(encoding="utf-8")
+    tasks = files.read_json(copy / "benchmark.json")["tasks"]
+    assert tasks == files.read_json(run / "benchmark.json")["tasks"]
     expected = our_encoder(trained).embed(TEXTS).vectors.numpy()
-    np.testing.assert_allclose(json.loads(back.stdout), [expected] * 3, atol=1e-6)
+    found = [load_model(str(copy), device="cpu").embed(TEXTS).vectors]
+    for example in python_examples(card):
+        names: dict[str, Any] = {}
+        exec(example.replace(repr(REPO), repr(str(copy))), names)
+        found.append(names["vectors"])
+    np.testing.assert_allclose(found, [expected] * 3, atol=1e-6)
     assert SECRET not in done.stdout + done.stderr
-    written = [path for path in (*run.rglob("*"), *tmp_path.rglob("home/**/*")) if path.is_file()]
+    written = [path for path in (*run.rglob("*"), *home.rglob("*")) if path.is_file()]
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
