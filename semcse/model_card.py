@@ -5,6 +5,7 @@ The text is in model_card.md.j2. It says what the run's files say, and "unknown"
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +130,8 @@ def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
     template = jinja2.Template(
         text, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    card = str(template.render(facts, code=code, literal=repr, name=name, texts=texts))
+    functions = {"code": code, "literal": lambda value: json.dumps(value, ensure_ascii=False)}
+    card = str(template.render(facts, name=name, texts=texts, **functions))
     return card.strip() + "\n"
 
 

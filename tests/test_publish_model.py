@@ -134,7 +134,7 @@ def test_the_examples_of_the_card_give_our_vectors_and_print_the_distances(
     for example, value in zip(examples, expected, strict=True):
         names: dict[str, Any] = {}
         capsys.readouterr()
-        exec(example.replace(repr(REPO), repr(str(run / "model"))), names)
+        exec(example.replace(REPO, str(run / "model")), names)
         np.testing.assert_allclose(np.asarray(names["vectors"]), vectors, atol=1e-6)
         printed = re.findall(r"-?\d+\.\d+(?:e-\d+)?", capsys.readouterr().out)
         assert float(printed[1]) == pytest.approx(value, abs=1e-3)
@@ -361,7 +361,7 @@ def test_only_the_right_files_are_uploaded_and_give_the_same_vectors(
     found = [load_model(str(copy), device="cpu").embed(TEXTS).vectors]
     for example in python_examples(card):
         names: dict[str, Any] = {}
-        exec(example.replace(repr(REPO), repr(str(copy))), names)
+        exec(example.replace(REPO, str(copy)), names)
         found.append(names["vectors"])
     np.testing.assert_allclose(found, [expected] * 3, atol=1e-6)
     assert SECRET not in done.stdout + done.stderr
