@@ -189,11 +189,11 @@ def layout(vectors: Array, metric: Metric, seed: int) -> Array:
     of unit vectors are twice their cosine distances.
     """
     from sklearn.manifold import TSNE
+    from sklearn.preprocessing import normalize
 
     points = vectors.astype(np.float64)
     if metric == "cosine":
-        lengths = np.linalg.norm(points, axis=1, keepdims=True)
-        points /= np.maximum(lengths, np.finfo(np.float64).tiny)
+        points = normalize(points)
     # PCA fails when all vectors are equal.
     start = "pca" if points.std(axis=0).max() > 1e-9 else "random"
     perplexity = min(30.0, (len(points) - 1) / 3)

@@ -1,12 +1,12 @@
-"""A stand-in for the Hugging Face Hub: as much of its API as huggingface_hub asks for to create a
-model repository, commit to it and download it.
+"""A local server that answers like the Hugging Face Hub when huggingface_hub creates a model
+repository and commits to it.
 
-with HubStub(token="hf_x") as hub: run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
-HF_HUB_DISABLE_XET="1", HF_HOME=an empty folder)
+    with HubStub(token="hf_x") as hub:
+        run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
 
-Files of more than LFS_FROM bytes go the way of git-lfs. Requests are noted in `hub.asked`. With
-`hub.refuse` it answers what has this in its path with an HTTP status and, as no server should,
-repeats the token it was sent. Public repositories are read without a token; all else needs it.
+Files of more than LFS_FROM bytes are uploaded with git-lfs. `hub.asked` lists the requests. If
+`hub.refuse` is (part of a path, status), requests with this part in their path get this status,
+and the answer repeats the token, as no server should.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LFS_FROM = 20_000
 
 @dataclass
 class Repo:
-    """A repository: its files, the id of its last commit, and the paths that each commit changed."""
+    """A repository: its files, the id of its last commit, and the paths that each commit wrote."""
 
     hub: HubStub
     private: bool
@@ -39,16 +39,16 @@ def git_hash(content: bytes) -> str:
 
 
 class HubStub(ThreadingHTTPServer):
-    """The server, in a thread, until the `with` block ends."""
+    """The server, which runs in a thread until the `with` block ends."""
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.token, self.url, self.refuse = (
-            token,
-            f"http://127.0.0.1:{self.server_address[1]}",
-            ("no such path", 0),
-        )
-        self.repos, self.stored, self.asked = dict[str, Repo](), dict[str, bytes](), list[str]()
+        self.token = token
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.refuse = ("no such path", 0)
+        self.repos: dict[str, Repo] = {}
+        self.stored: dict[str, bytes] = {}  # SHA-256 -> a file of git-lfs
+        self.asked: list[str] = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def __exit__(self, *exception: object) -> None:
@@ -57,138 +57,83 @@ class HubStub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. `on_X(repo, words of the path, body)` answers what is asked of a repository."""
+    """One connection. `on_X(repo, words of the path, body)` answers requests for a repository."""
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else content)
+        self.wfile.write(content)
 
     def handle_any(self) -> None:
-        path, hub, sent = (
-            unquote(urlsplit(self.path).path),
-            cast(HubStub, self.server),
-            self.headers.get("Authorization", ""),
-        )
+        hub = cast(HubStub, self.server)
+        path = unquote(urlsplit(self.path).path)
+        sent = self.headers.get("Authorization", "")
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.asked.append(f"{self.command} {path}")
         words = path.removeprefix("/api/models").strip("/").split("/")
         repo = hub.repos.get("/".join(words[:2]).removesuffix(".git"))
         if hub.refuse[0] in path:
-            self.answer(
-                hub.refuse[1], {"error": f"refused {sent}"}, X_Error_Message=f"refused {sent}"
-            )
+            message = f"refused {sent}"
+            self.answer(hub.refuse[1], {"error": message}, X_Error_Message=message)
         elif words[0] == "lfs":
             hub.stored[words[1]] = content
             self.answer(200 if hashlib.sha256(content).hexdigest() == words[1] else 400)
-        elif sent != f"Bearer {hub.token}" and (
-            repo is None or repo.private or self.command == "POST"
-        ):
+        elif sent != f"Bearer {hub.token}":
             self.answer(401, {"error": "Invalid username or password."})
-        elif path in ("/api/repos/create", "/api/validate-yaml"):
-            self.answer(
-                *self.create(hub, json.loads(content)) if path.endswith("create") else (200, {})
-            )
+        elif path == "/api/repos/create":
+            self.on_create(hub, json.loads(content))
+        elif path == "/api/validate-yaml":
+            self.answer(200, {})
         elif repo is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
             getattr(self, f"on_{words[2] if len(words) > 2 else 'revision'}")(repo, words, content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_POST = do_PUT = handle_any
 
-    def create(self, hub: HubStub, wanted: dict[str, Any]) -> tuple[int, dict[str, str]]:
-        name = f"{wanted['organization']}/{wanted['name']}"
-        old = (
-            hub.repos.setdefault(name, new := Repo(hub, wanted.get("visibility") == "private"))
-            is not new
-        )
-        return 409 if old else 200, {"url": f"{hub.url}/{name}"}
+    def on_create(self, hub: HubStub, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        status = 409 if name in hub.repos else 200
+        hub.repos.setdefault(name, Repo(hub, asked.get("visibility") == "private"))
+        self.answer(status, {"url": f"{hub.url}/{name}"})
 
     def on_revision(self, repo: Repo, words: list[str], _: bytes) -> None:
-        self.answer(
-            200,
-            {
-                "id": "/".join(words[:2]),
-                "sha": repo.sha,
-                "private": repo.private,
-                "siblings": [{"rfilename": name} for name in repo.files],
-            },
-        )
+        self.answer(200, {"id": "/".join(words[:2]), "sha": repo.sha, "private": repo.private})
 
     def on_preupload(self, repo: Repo, _: list[str], content: bytes) -> None:
-        found = [
-            one
-            | {"uploadMode": "lfs" if one["size"] > LFS_FROM else "regular", "shouldIgnore": False}
-            for one in json.loads(content)["files"]
-        ]
-        for one in found:
-            if (there := repo.files.get(one["path"])) is not None:
-                one["oid"] = (
-                    hashlib.sha256(there).hexdigest()
-                    if one["uploadMode"] == "lfs"
-                    else git_hash(there)
-                )
+        found = []
+        for one in json.loads(content)["files"]:
+            large, old = one["size"] > LFS_FROM, repo.files.get(one["path"])
+            mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if old is not None:
+                mode["oid"] = hashlib.sha256(old).hexdigest() if large else git_hash(old)
+            found.append(one | mode)
         self.answer(200, {"files": found})
 
     def on_info(self, repo: Repo, _: list[str], content: bytes) -> None:
-        wanted = [
-            one for one in json.loads(content)["objects"] if one["oid"] not in repo.hub.stored
+        objects = [
+            one | {"actions": {"upload": {"href": f"{repo.hub.url}/lfs/{one['oid']}"}}}
+            for one in json.loads(content)["objects"]
+            if one["oid"] not in repo.hub.stored
         ]
-        self.answer(
-            200,
-            {
-                "objects": [
-                    one | {"actions": {"upload": {"href": f"{repo.hub.url}/lfs/{one['oid']}"}}}
-                    for one in wanted
-                ]
-            },
-        )
+        self.answer(200, {"objects": objects})
 
     def on_commit(self, repo: Repo, words: list[str], content: bytes) -> None:
-        rows = [
-            (row["key"], row["value"])
-            for row in map(json.loads, content.splitlines())
-            if row["key"] != "header"
-        ]
-        new = {
-            one["path"]: (
-                base64.b64decode(one["content"]) if kind == "file" else repo.hub.stored[one["oid"]]
-            )
-            for kind, one in rows
-        }
-        repo.sha, repo.files, repo.commits = (
-            git_hash(content),
-            repo.files | new,
-            [*repo.commits, sorted(new)],
-        )
-        self.answer(
-            200,
-            {
-                "commitUrl": f"{repo.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}",
-                "commitOid": repo.sha,
-            },
-        )
-
-    def on_tree(self, repo: Repo, *_: object) -> None:
-        self.answer(
-            200,
-            [
-                {"type": "file", "path": name, "size": len(text), "oid": git_hash(text)}
-                for name, text in repo.files.items()
-            ],
-        )
-
-    def on_resolve(self, repo: Repo, words: list[str], _: bytes) -> None:
-        content = repo.files.get("/".join(words[4:]))
-        told = (
-            {"X_Error_Code": "EntryNotFound"}
-            if content is None
-            else {"ETag": f'"{git_hash(content)}"'}
-        )
-        self.answer(404 if content is None else 200, content, X_Repo_Commit=repo.sha, **told)
+        new = {}
+        for row in map(json.loads, content.splitlines()):
+            value = row["value"]
+            if row["key"] == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif row["key"] == "lfsFile":
+                new[value["path"]] = repo.hub.stored[value["oid"]]
+        repo.sha = git_hash(content)
+        repo.files |= new
+        repo.commits.append(sorted(new))
+        address = f"{repo.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}"
+        self.answer(200, {"commitUrl": address, "commitOid": repo.sha})

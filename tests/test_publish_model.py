@@ -309,13 +309,13 @@ def change_length(run: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "is not a finished run": lambda run: (run / "UNFINISHED").touch(),
     "semcse.json: no such file": lambda run: (run / "model/semcse.json").unlink(),
-    "sentence-transformers": lambda run: (run / "model/1_Pooling/config.json").unlink(),
+    "sentence-transformers cannot": lambda run: (run / "model/1_Pooling/config.json").unlink(),
     "cannot be loaded": damage_weights,
     "metric dot": lambda run: change(run / "model/semcse.json", metric="dot"),
-    "transformers gives other vectors": lambda run: change_settings(run, pooling="mean"),
-    "sentence-transformers gives other vectors": change_pooling_file,
-    "sentence-transformers gives other vectors ": change_length,
-    "sentence-transformers cannot use it": lambda run: files.write_json(
+    "model: transformers cannot": lambda run: change_settings(run, pooling="mean"),
+    "sentence-transformers .*Mismatched": change_pooling_file,
+    "sentence-transformers .* gives other vectors": change_length,
+    "sentence-transformers .*Error": lambda run: files.write_json(
         run / "model/modules.json", [{"idx": 0, "name": "0", "path": "", "type": "x.Y"}]
     ),
     "not written by a run": lambda run: change(run / "settings.json", versions=None),
@@ -325,7 +325,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("message", DAMAGE)
 def test_a_damaged_run_is_refused(message: str, run: Path) -> None:
     DAMAGE[message](run)
-    with pytest.raises(UserError, match=message.strip()) as caught:
+    with pytest.raises(UserError, match=f"(?s){message}") as caught:
         card_of(run)
     assert caught.value.exit_code == 2
     assert not (run / "model_card.md").exists()
