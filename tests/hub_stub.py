@@ -1,12 +1,12 @@
-"""A local server that answers like the Hugging Face Hub when huggingface_hub creates a model
-repository and commits to it.
+"""A local server that acts as the Hugging Face Hub: the part of its API that huggingface_hub uses
+to create a model repository, commit to it and download it.
 
-    with HubStub(token="hf_x") as hub:
-        run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+with HubStub(token="hf_x") as hub: run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
+HF_HUB_DISABLE_XET="1", HF_HOME=an empty folder)
 
-Files of more than LFS_FROM bytes are uploaded with git-lfs. `hub.asked` lists the requests. If
-`hub.refuse` is (part of a path, status), requests with this part in their path get this status,
-and the answer repeats the token, as no server should.
+Files of more than LFS_FROM bytes are uploaded as with git-lfs. `hub.asked` lists the requests. If
+`hub.refuse` is (part of a path, status), such paths are answered with this HTTP status and with
+the token that was sent, which no server should do. Public repositories can be read without a token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LFS_FROM = 20_000
 
 @dataclass
 class Repo:
-    """A repository: its files, the id of its last commit, and the paths that each commit wrote."""
+    """A repository: its files, the id of its last commit, and the paths of each commit."""
 
     hub: HubStub
     private: bool
@@ -43,12 +43,9 @@ class HubStub(ThreadingHTTPServer):
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.token = token
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.token, self.url = token, f"http://127.0.0.1:{self.server_address[1]}"
         self.refuse = ("no such path", 0)
-        self.repos: dict[str, Repo] = {}
-        self.stored: dict[str, bytes] = {}  # SHA-256 -> a file of git-lfs
-        self.asked: list[str] = []
+        self.repos, self.stored, self.asked = dict[str, Repo](), dict[str, bytes](), list[str]()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def __exit__(self, *exception: object) -> None:
@@ -57,64 +54,66 @@ class HubStub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. `on_X(repo, words of the path, body)` answers requests for a repository."""
+    """One connection. `on_X(repo, parts of the path, body)` answers requests about a repository."""
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        content = json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(b"" if self.command == "HEAD" else content)
 
     def handle_any(self) -> None:
-        hub = cast(HubStub, self.server)
-        path = unquote(urlsplit(self.path).path)
+        path, hub = unquote(urlsplit(self.path).path), cast(HubStub, self.server)
         sent = self.headers.get("Authorization", "")
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.asked.append(f"{self.command} {path}")
-        words = path.removeprefix("/api/models").strip("/").split("/")
-        repo = hub.repos.get("/".join(words[:2]).removesuffix(".git"))
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo = hub.repos.get("/".join(parts[:2]).removesuffix(".git"))
+        needs_token = repo is None or repo.private or self.command == "POST"
         if hub.refuse[0] in path:
-            message = f"refused {sent}"
-            self.answer(hub.refuse[1], {"error": message}, X_Error_Message=message)
-        elif words[0] == "lfs":
-            hub.stored[words[1]] = content
-            self.answer(200 if hashlib.sha256(content).hexdigest() == words[1] else 400)
-        elif sent != f"Bearer {hub.token}":
+            refusal = f"refused {sent}"
+            self.answer(hub.refuse[1], {"error": refusal}, X_Error_Message=refusal)
+        elif parts[0] == "lfs":
+            hub.stored[parts[1]] = content
+            self.answer(200 if hashlib.sha256(content).hexdigest() == parts[1] else 400)
+        elif sent != f"Bearer {hub.token}" and needs_token:
             self.answer(401, {"error": "Invalid username or password."})
         elif path == "/api/repos/create":
-            self.on_create(hub, json.loads(content))
+            self.create(hub, json.loads(content))
         elif path == "/api/validate-yaml":
             self.answer(200, {})
         elif repo is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
-            getattr(self, f"on_{words[2] if len(words) > 2 else 'revision'}")(repo, words, content)
+            getattr(self, f"on_{parts[2] if len(parts) > 2 else 'revision'}")(repo, parts, content)
 
-    do_GET = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def on_create(self, hub: HubStub, asked: dict[str, Any]) -> None:
+    def create(self, hub: HubStub, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
-        status = 409 if name in hub.repos else 200
-        hub.repos.setdefault(name, Repo(hub, asked.get("visibility") == "private"))
-        self.answer(status, {"url": f"{hub.url}/{name}"})
+        existed = name in hub.repos
+        if not existed:
+            hub.repos[name] = Repo(hub, asked.get("visibility") == "private")
+        self.answer(409 if existed else 200, {"url": f"{hub.url}/{name}"})
 
-    def on_revision(self, repo: Repo, words: list[str], _: bytes) -> None:
-        self.answer(200, {"id": "/".join(words[:2]), "sha": repo.sha, "private": repo.private})
+    def on_revision(self, repo: Repo, parts: list[str], _: bytes) -> None:
+        siblings = [{"rfilename": name} for name in repo.files]
+        about = {"id": "/".join(parts[:2]), "sha": repo.sha, "private": repo.private}
+        self.answer(200, about | {"siblings": siblings})
 
     def on_preupload(self, repo: Repo, _: list[str], content: bytes) -> None:
-        found = []
+        answers = []
         for one in json.loads(content)["files"]:
-            large, old = one["size"] > LFS_FROM, repo.files.get(one["path"])
-            mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            mode, old = "lfs" if one["size"] > LFS_FROM else "regular", repo.files.get(one["path"])
             if old is not None:
-                mode["oid"] = hashlib.sha256(old).hexdigest() if large else git_hash(old)
-            found.append(one | mode)
-        self.answer(200, {"files": found})
+                one["oid"] = hashlib.sha256(old).hexdigest() if mode == "lfs" else git_hash(old)
+            answers.append(one | {"uploadMode": mode, "shouldIgnore": False})
+        self.answer(200, {"files": answers})
 
     def on_info(self, repo: Repo, _: list[str], content: bytes) -> None:
         objects = [
@@ -124,16 +123,29 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.answer(200, {"objects": objects})
 
-    def on_commit(self, repo: Repo, words: list[str], content: bytes) -> None:
+    def on_commit(self, repo: Repo, parts: list[str], content: bytes) -> None:
         new = {}
         for row in map(json.loads, content.splitlines()):
             value = row["value"]
             if row["key"] == "file":
                 new[value["path"]] = base64.b64decode(value["content"])
-            elif row["key"] == "lfsFile":
+            elif row["key"] != "header":
                 new[value["path"]] = repo.hub.stored[value["oid"]]
-        repo.sha = git_hash(content)
-        repo.files |= new
+        repo.sha, repo.files = git_hash(content), repo.files | new
         repo.commits.append(sorted(new))
-        address = f"{repo.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}"
-        self.answer(200, {"commitUrl": address, "commitOid": repo.sha})
+        url = f"{repo.hub.url}/{parts[0]}/{parts[1]}/commit/{repo.sha}"
+        self.answer(200, {"commitUrl": url, "commitOid": repo.sha})
+
+    def on_tree(self, repo: Repo, *_: object) -> None:
+        rows = [
+            {"type": "file", "path": name, "size": len(text), "oid": git_hash(text)}
+            for name, text in repo.files.items()
+        ]
+        self.answer(200, rows)
+
+    def on_resolve(self, repo: Repo, parts: list[str], _: bytes) -> None:
+        content = repo.files.get("/".join(parts[4:]))
+        if content is None:
+            self.answer(404, None, X_Repo_Commit=repo.sha, X_Error_Code="EntryNotFound")
+        else:
+            self.answer(200, content, X_Repo_Commit=repo.sha, ETag=f'"{git_hash(content)}"')
