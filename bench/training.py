@@ -32,7 +32,7 @@ from semcse.distributed import SINGLE_PROCESS
 from semcse.model_folder import find_model
 from semcse.papers import Paper
 from settings import Settings, complete
-from train_embedding_model import _Meter, _Trainer
+from train_embedding_model import Throughput, Trainer
 
 SHORTEST, LONGEST = 20, 60  # tokens of a summary
 
@@ -63,13 +63,13 @@ def ours(
             texts_at_once=texts_at_once,
         )
     )
-    trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, SINGLE_PROCESS)
+    trainer = Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, SINGLE_PROCESS)
 
     def steps(count: int) -> list[float]:
         found = []
         for _ in range(count):
             started = time.perf_counter()
-            trainer._step(_Meter())
+            trainer.train_step(Throughput())
             found.append(time.perf_counter() - started)
         return found
 
@@ -216,8 +216,8 @@ def measure(
     return [
         row(
             operation,
-            f"{version},"
-            f" {'bf16' if bf16 else 'float32'}{', disentangled-flash torch backend' if change else ''}",
+            f"{version}, {'bf16' if bf16 else 'float32'}"
+            + (", disentangled-flash torch backend" if change else ""),
             version,
             best["ours"],
             best[operation],
