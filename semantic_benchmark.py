@@ -345,12 +345,15 @@ def run(command: Command) -> None:
 
 def _check(command: Command) -> None:
     """Refuse a command that cannot work before any paper is read or any model is loaded."""
-    from semcse.models import usage_of
+    from semcse.models import find_recipe, usage_of
 
     if not command.model:
         raise UserError("no model is named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
-    if len(set(command.model)) < len(command.model):
-        raise UserError("two --model flags are the same", "name each model once")
+    recipes = {name: find_recipe(name) for name in command.model}
+    if len({one.hub_id if one else Path(name) for name, one in recipes.items()}) < len(
+        command.model
+    ):
+        raise UserError("two --model flags name the same model", "name each model once")
     if command.seed < 0:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
     if command.max_length is not None and command.max_length < 3:
