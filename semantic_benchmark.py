@@ -20,16 +20,14 @@ to a query q, which has one positive p among them:
     recall_at_k      share of the queries with rank(q) <= k, for k = 1 and 10; 1 is best
 
 Because ties count half, a model that maps all texts to one vector gets the mean rank of a random
-order, (pool + 1) / 2.
+order, (pool + 1) / 2. The task "clustering" looks for the k = 10 nearest neighbors of an abstract
+among the abstracts of all other papers with a field, such as "Physics":
 
-The task "clustering" takes the abstracts of all papers with a field, such as "Physics". Each one is
-a query, and the others are its candidates:
+    purity           mean over all queries of the share of the k neighbors that have the field of
+                       the query; 1 is best. Papers whose field has at most k papers are no queries
 
-    purity           mean over all queries of the share of the k = 10 nearest neighbors that have
-                       the same field as the query; 1 is best
-
-The authors' README, model card and main.py do not define rank, halves, k or the pools. These are
-our choices. `semcse/distances.py` computes exact ranks and neighbors block by block.
+These definitions, the halves and k are our choices: the authors' README, model card and main.py do
+not contain them. `semcse/distances.py` computes exact ranks and neighbors block by block.
 """
 
 from __future__ import annotations
@@ -159,7 +157,7 @@ def _embed(
 def ranking(
     queries: Tensor, candidates: Tensor, positives: list[int], metric: Metric, seed: int
 ) -> tuple[dict[str, Any], Values]:
-    """Scores of a ranking task and the rank of each query, as defined at the top of this file.
+    """Scores of a ranking task (a reason if there are none), and the (n,) ranks of its queries.
 
     Args:
         queries: (n, d) float32 vectors.
@@ -167,9 +165,6 @@ def ranking(
         positives: for each query, the row of its positive in `candidates`.
         metric: the distance.
         seed: seed of the bootstrap.
-
-    Returns:
-        The scores (None and a reason if there is nothing to rank), and the (n,) ranks.
     """
     import torch
 
@@ -197,20 +192,15 @@ def ranking(
 def clustering(
     abstracts: Tensor, fields: list[str], metric: Metric, seed: int, k: int = 10
 ) -> tuple[dict[str, Any], Values]:
-    """Score of the clustering task and the purity of each query, as defined at the top of this
-    file. Papers whose field has at most k papers are candidates but not queries.
+    """Scores of the clustering task (a reason if there are none), and the purity of each paper,
+    (papers,), which is NaN if the paper is no query.
 
     Args:
         abstracts: (papers, d) float32 vectors.
         fields: (papers,) names; papers with a blank one are left out.
         metric: the distance.
-        seed: seed of the bootstrap, and of the order in which candidates at exactly the same
-            distance are taken.
+        seed: seed of the bootstrap, and of the order of neighbors at exactly the same distance.
         k: number of neighbors.
-
-    Returns:
-        The scores (None and a reason if no field is large enough), and the purity of each paper,
-        (papers,), NaN if it is no query.
     """
     import torch
 
@@ -249,19 +239,17 @@ def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, f
     in the authors' README: it gives all twelve Perf values there.
 
     Args:
-        tables: model -> task -> main score (mean rank, or purity for "clustering").
+        tables: model -> task -> main score; None, or no entry, without data.
 
     Returns:
-        model -> Perf in [0, 1], or None if it lacks a task or there are fewer than three models.
+        model -> Perf, or None if the model lacks a task or there are fewer than three models.
     """
     perf: dict[str, list[float]] = {model: [] for model in tables}
     for task in TASKS:
         column = {model: x for model, row in tables.items() if (x := row.get(task)) is not None}
-        if not column:
-            continue
-        best = max(column.values()) if task == "clustering" else min(column.values())
-        median = statistics.median(column.values())
         for model, x in column.items():
+            best = max(column.values()) if task == "clustering" else min(column.values())
+            median = statistics.median(column.values())
             share = float(x == best) if median == best else 1 - (x - best) / (median - best) / 2
             perf[model].append(min(1.0, max(0.0, share)))
     return {
@@ -349,10 +337,8 @@ def _check(command: Command) -> None:
 
     if not command.model:
         raise UserError("no model is named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
-    recipes = {name: find_recipe(name) for name in command.model}
-    if len({one.hub_id if one else Path(name) for name, one in recipes.items()}) < len(
-        command.model
-    ):
+    sources = [one.hub_id if (one := find_recipe(x)) else str(Path(x)) for x in command.model]
+    if len(set(sources)) < len(sources):
         raise UserError("two --model flags name the same model", "name each model once")
     if command.seed < 0:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")

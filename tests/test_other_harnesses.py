@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def check(results: Path, encoder: Encoder) -> None:
 
 
 def test_an_exported_euclidean_model_gives_the_same_vectors_in_scirepeval(
-    tiny_deberta: Path, scirepeval: Path
+    tiny_deberta: Path, scirepeval: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page's commands, in the two folders. The tokenizer of the tiny DeBERTa is the hardest one
     to export.
@@ -203,22 +205,28 @@ def test_an_exported_euclidean_model_gives_the_same_vectors_in_scirepeval(
     assert "--pooling-mode cls" in done.stderr
     names = sorted(path.name for path in (home / "runs/scirepeval").iterdir())
     assert names == ["model", "tokenizer"]
-    done = run_script(*score[1:], cwd=scirepeval)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(scirepeval)
+    monkeypatch.setattr("sys.argv", score[1:])
+    runpy.run_path(score[1], run_name="__main__")
     check(scirepeval / "scirepeval_results.json", encoder)
 
 
 @pytest.mark.parametrize(("pooling", "metric"), [("mean", "cosine"), ("cls", "euclidean")])
 def test_the_wrapper_of_the_page_gives_the_same_vectors_in_scirepeval(
-    tiny_bert: Path, scirepeval: Path, pooling: Pooling, metric: Metric
+    tiny_bert: Path,
+    scirepeval: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pooling: Pooling,
+    metric: Metric,
 ) -> None:
     encoder = load_encoder(str(tiny_bert), Usage(pooling, metric, 40), "cpu")
     stretch_lengths(encoder)
     encoder.save(scirepeval.parent / "semcse/runs/quickstart-cosine/model", base="tiny")
     (block,) = (block for block in blocks("python") if "class Model" in block)
-    (scirepeval / "wrapper.py").write_text(block, encoding="utf-8")
-    done = run_script("wrapper.py", cwd=scirepeval)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(scirepeval)
+    monkeypatch.syspath_prepend(scirepeval)
+    monkeypatch.delitem(sys.modules, "scirepeval", raising=False)
+    exec(block, {})
     check(scirepeval / "scirepeval_results.json", encoder)
     lengths = encoder.embed([sentence(1, 2), sentence(*range(30))]).vectors.norm(dim=1)
     assert lengths.max() / lengths.min() > 1.001  # so that raw vectors would have another order

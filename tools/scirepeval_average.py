@@ -117,12 +117,7 @@ def report_lines(results: Mapping[str, Any], s2and: float | None) -> list[str]:
     categories, reasons = category_scores(results, s2and)
     scores = categories | {"average": average(categories)}
     cells = ["no data" if score is None else f"{score:.2f}" for score in scores.values()]
-    lines = [
-        f"| {' | '.join(scores)} |",
-        "|---" * len(scores) + "|",
-        f"| {' | '.join(cells)} |",
-        "",
-    ]
+    lines = [f"| {' | '.join(scores)} |", "|---" * 5 + "|", f"| {' | '.join(cells)} |", ""]
     lines += [f"- {reason}; the category has no mean without it." for reason in reasons]
     known = {task for _, _, tasks in TASKS for task in tasks}
     lines += [
