@@ -13,24 +13,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from semcse import errors, files, packed
-from semcse.adapters import AdaptedNorm
+from semcse import errors, packed
 from semcse.errors import RunError, UserError
-from semcse.model_folder import (
-    MARKER,
-    _name_tokenizer_class,
-    _no_library_bars,
-    _sentence_transformers_files,
-)
 from semcse.types import Device, Metric, Pooling, Precision
 
 log = logging.getLogger(__name__)
@@ -206,39 +198,6 @@ class Encoder:
             bar.update(len(batch))
         assert vectors is not None
         return vectors
-
-    def save(self, folder: Path, base: str) -> None:
-        """Write one folder that AutoModel and SentenceTransformer both open (see the module's first
-        lines); it appears whole or not at all.
-
-        Args:
-            folder: replaced if it exists.
-            base: the encoder that training started from, recorded in the marker.
-
-        Raises:
-            UserError: a model that the two cannot open so (an adapter in it, a pooling that
-                training does not know).
-        """
-        if self.usage.pooling not in get_args(Pooling) or any(
-            isinstance(module, AdaptedNorm) for module in self.model.modules()
-        ):
-            raise UserError(
-                f"model {self.name} cannot be saved as one folder that others open",
-                "use its own files, or train from its base",
-            )
-        with files.atomic_path(folder) as partial:
-            with _no_library_bars():
-                self.model.save_pretrained(partial)  # type: ignore[operator]
-            self.tokenizer.model_max_length = self.usage.max_length
-            # of the last call: readers set their own
-            self.tokenizer.backend_tokenizer.no_truncation()
-            self.tokenizer.save_pretrained(partial)
-            _name_tokenizer_class(partial / "tokenizer_config.json")
-            config: Any = self.model.config
-            st_files = _sentence_transformers_files(self.usage, int(config.hidden_size))
-            for name, content in st_files.items():
-                files.write_json(partial / name, content)
-            files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(self.usage)})
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: AnyPooling) -> Tensor:

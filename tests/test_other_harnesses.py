@@ -18,7 +18,7 @@ from conftest import ROOT, make_paper, run_script, sentence
 from semantic_benchmark import evaluate
 from semcse.encoder import Encoder, Usage
 from semcse.errors import UserError
-from semcse.model_folder import load_encoder
+from semcse.model_folder import load_encoder, save_model
 from semcse.papers import Paper
 from semcse.types import Metric, Pooling
 from tools.scirepeval_export import export_model
@@ -93,7 +93,7 @@ def test_mteb_scores_a_trained_folder_by_its_own_distance(
     papers = [Paper(row["id"], row["title"], row["abstract"]) for row in rows]
     encoder = load_encoder(str(tiny_bert), Usage("mean", metric, 48), "cpu")
     stretch_lengths(encoder)
-    encoder.save(tmp_path / FOLDER, base="tiny")
+    save_model(encoder, tmp_path / FOLDER, base="tiny")
     monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [retrieval_task(mteb, papers)])
     monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -197,7 +197,7 @@ def test_an_exported_euclidean_model_gives_the_same_vectors_in_scirepeval(
     """
     encoder = load_encoder(str(tiny_deberta), Usage("cls", "euclidean", 512), "cpu")
     home = scirepeval.parent / "semcse"
-    encoder.save(home / FOLDER, base="tiny")
+    save_model(encoder, home / FOLDER, base="tiny")
     export, score, average = commands()
     assert " ".join(average) == RUN_ELSEWHERE
     done = run_script(ROOT / export[1], *export[2:], cwd=home)
@@ -221,7 +221,7 @@ def test_the_wrapper_of_the_page_gives_the_same_vectors_in_scirepeval(
 ) -> None:
     encoder = load_encoder(str(tiny_bert), Usage(pooling, metric, 40), "cpu")
     stretch_lengths(encoder)
-    encoder.save(scirepeval.parent / "semcse/runs/quickstart-cosine/model", base="tiny")
+    save_model(encoder, scirepeval.parent / "semcse/runs/quickstart-cosine/model", base="tiny")
     (block,) = (block for block in blocks("python") if "class Model" in block)
     monkeypatch.chdir(scirepeval)
     monkeypatch.syspath_prepend(scirepeval)

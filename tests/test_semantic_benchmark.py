@@ -24,7 +24,7 @@ from semcse import command_line
 from semcse.bootstrap import bootstrap_interval
 from semcse.encoder import Embedded, Encoder, Usage
 from semcse.errors import UserError
-from semcse.model_folder import BUNDLED, load_encoder
+from semcse.model_folder import BUNDLED, load_encoder, save_model
 from semcse.models import RECIPES, list_of_models
 from semcse.papers import Paper, read_papers
 from semcse.tables import TASKS, main_score, notes_on, table_lines
@@ -522,7 +522,7 @@ def test_three_models_give_a_list_and_their_perf(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ours = tmp_path / "ours"
-    load_encoder(str(tiny_bert), Usage("mean", "cosine", 48)).save(ours, "tiny")
+    save_model(load_encoder(str(tiny_bert), Usage("mean", "cosine", 48)), ours, "tiny")
     names = [str(ours), BUNDLED, str(tiny_bert)]
     run_here(*(word for name in names for word in ("--model", name)), *files_of)
     found = read_report(tmp_path / "out")
@@ -596,7 +596,7 @@ def test_a_flag_that_contradicts_the_model_is_refused(
     tiny_bert: Path, files_of: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     ours = tmp_path / "ours"
-    load_encoder(str(tiny_bert), Usage("mean", "cosine", 48)).save(ours, "tiny")
+    save_model(load_encoder(str(tiny_bert), Usage("mean", "cosine", 48)), ours, "tiny")
     words = ("--model", ours, "--metric", "euclidean", *files_of)
     assert refusal(*words).startswith("--metric euclidean contradicts")
     assert not (tmp_path / "out").exists()

@@ -138,6 +138,7 @@ def trained_encoder(settings: Settings) -> Encoder:
     Raises:
         UserError: the folder holds a run with other settings.
     """
+    from semcse.model_folder import save_model
     from semcse.models import load_model
     from train_embedding_model import train
 
@@ -153,7 +154,7 @@ def trained_encoder(settings: Settings) -> Encoder:
         papers, held_out = read_training_papers(settings, evaluation)
         encoder = starting_encoder(settings)
         train(encoder, papers, held_out, settings, folder)
-        encoder.save(folder / "model", base=settings.encoder)
+        save_model(encoder, folder / "model", base=settings.encoder)
     return load_model(str(folder / "model"))
 
 

@@ -42,6 +42,7 @@ def export_model(encoder: Encoder, folder: Path) -> None:
             so that the scores would not be those of the model.
     """
     from semcse.encoder import Usage
+    from semcse.model_folder import save_model
 
     usage = asdict(encoder.usage)
     theirs = asdict(Usage(encoder.usage.pooling, "euclidean", max_length=512))
@@ -54,7 +55,7 @@ def export_model(encoder: Encoder, folder: Path) -> None:
             "use the wrapper in docs/other_harnesses.md",
         )
     with files.atomic_path(folder) as partial:
-        encoder.save(partial / "model", base=encoder.name)
+        save_model(encoder, partial / "model", base=encoder.name)
         (partial / "tokenizer").mkdir()
         for file in (partial / "model").glob("*token*.json"):
             shutil.copy(file, partial / "tokenizer")
