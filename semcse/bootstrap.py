@@ -1,6 +1,4 @@
-"""Bootstrap confidence intervals: of a mean over papers, and of the difference of two models on the
-same papers.
-"""
+"""Bootstrap confidence intervals of means over papers, and of paired differences of two models."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
         seed: seed of the bootstrap.
 
     Raises:
-        ValueError: no paper has both values.
+        ValueError: no paper has a value of both models.
     """
     differences = (one - other)[~np.isnan(one - other)]
     if not len(differences):

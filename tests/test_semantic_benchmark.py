@@ -85,10 +85,11 @@ def test_perf_is_undefined_for_fewer_than_three_models() -> None:
     assert perf_scores(one | two | three) == {"a": 1.0, "b": 0.5, "c": 0.0}
 
 
-@pytest.mark.parametrize("lacking", [row(1, 1, None, 1), {**row(1, 1, None, 1), "x": 1.0}])
-def test_a_model_without_a_task_has_no_perf(lacking: dict[str, float | None]) -> None:
+@pytest.mark.parametrize("missing", [{"query": None}, {}])
+def test_a_model_without_a_task_has_no_perf(missing: dict[str, float | None]) -> None:
+    lacking = {"title_abstract": 1.0, "abstract_segments": 1.0, "clustering": 1.0} | missing
     tables = {
-        "lacking": {task: x for task, x in lacking.items() if x is not None or "x" not in lacking},
+        "lacking": lacking,
         "a": row(1, 3, 1, 1),
         "b": row(2, 2, 2, 0.5),
         "c": row(3, 1, 3, 0),
