@@ -129,7 +129,8 @@ def agreement(folder: str | Path) -> str:
     found = []
     for forward in (encoder.forward, encoder.forward_padded):
         encoder.model.zero_grad()
-        loss = torch.cdist(*torch.split(forward(ids), 8)).exp().mean().log()
+        one, other = torch.split(forward(ids), 8)
+        loss = torch.cdist(one, other).exp().mean().log()
         loss.backward()  # type: ignore[no-untyped-call]
         found.append(
             (
@@ -137,11 +138,11 @@ def agreement(folder: str | Path) -> str:
                 [p.grad.clone() for p in encoder.model.parameters() if p.grad is not None],
             )
         )
-    (one, ours_), (other, plain) = found
+    (our_loss, ours_), (plain_loss, plain) = found
     size = torch.stack([g.norm() for g in plain]).norm()
     worst = max(float((a - b).norm() / size) for a, b in zip(ours_, plain, strict=True))
     return (
-        f"float32 loss within {abs(one - other) / abs(other):.0e}, gradients within {worst:.0e} of"
+        f"float32 loss within {abs(our_loss - plain_loss) / abs(plain_loss):.0e}, gradients within {worst:.0e} of"
         " the whole gradient"
     )
 
