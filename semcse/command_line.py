@@ -1,13 +1,14 @@
-"""TODO: say what this file is for: semcse.command_line."""
+"""What every script shares: parsing its flags, its log, its signals and its exit code.
+
+The exit codes are listed in semcse/errors.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,19 +16,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from semcse.errors import Terminated, UserError, memory_named, printable, without_secrets
 
 Command = TypeVar("Command")
 
+FIXES = {
+    errno.ENOSPC: "free some disk space and run again",
+    errno.EDQUOT: "free some disk space and run again",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "choose a writable folder",
+}
+
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a script's `command` and turn every failure into one line on stderr and an exit code (see
-    the module's first lines).
+    """Run the `command` of a script, and report a failure as one line on stderr.
 
-    Faults of our own making (a TypeError, say) are not user errors: they keep their traceback,
-    without secrets.
+    Bugs, such as a TypeError, keep their traceback, but without secrets.
+
+    Returns:
+        The exit code of the script.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = lambda *fault: print(
@@ -41,28 +48,24 @@ def run_command(command: Callable[[], None]) -> int:
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was done is kept", 130)
+        return _fail("interrupted; everything done so far is kept", 130)
     except Terminated:
-        return _fail("terminated; what was done is kept", 143)
-    except BrokenPipeError:
-        _drop_output()
-        return 1
+        return _fail("terminated; everything done so far is kept", 143)
     except OSError as error:
         if error.errno is None:
             raise
-        _drop_output()
+        _discard_stdout()
+        if isinstance(error, BrokenPipeError):  # the reader went away, as in `script | head`
+            return 1
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}; {_mend_of(error)}", 1)
+        fix = FIXES.get(error.errno, "remove the cause and run again")
+        return _fail(f"{error.strerror or error}{where}; {fix}", 1)
 
 
-def _drop_output() -> None:
-    """Send what still stands in stdout's buffer nowhere, or Python fails on it once more at exit."""
-    with contextlib.suppress(OSError, ValueError):  # no real file behind it
+def _discard_stdout() -> None:
+    """Discard what is left in stdout's buffer; otherwise Python fails again when it exits."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _raise_terminated(signum: int, frame: object) -> None:
-    raise Terminated
 
 
 def _fail(message: str, code: int) -> int:
@@ -70,69 +73,40 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-class _OneLine(logging.Formatter):
-    """Log lines that no text in them can garble."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
-def _mend_of(error: OSError) -> str:
-    full = "free some disk space and run again"
-    mends = {
-        errno.ENOSPC: full,
-        errno.EDQUOT: full,
-        errno.EACCES: "check the permissions",
-        errno.EROFS: "choose a writable folder",
-    }
-    return mends.get(error.errno or 0, "mend that and run again")
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise Terminated
 
 
 def parse_command_line(
     kind: type[Command], args: Sequence[str] | None, default: Command
 ) -> Command:
-    """Command line -> a `kind` dataclass, by tyro. Its framed errors become our one line; `--help`
-    prints and exits 0.
+    """Parse the command line with tyro; a bad one exits with code 2 and tyro's message on stderr.
 
     Args:
         kind: the dataclass whose fields are the flags.
-        args: the words after the script's name; None means sys.argv's.
-        default: an instance that holds the defaults.
+        args: the words after the script's name; None means those of `sys.argv`.
+        default: an instance that holds the default values.
     """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                kind,
-                args=args,
-                default=default,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(
-            _first_words_of(box.getvalue()), f"see {Path(sys.argv[0]).name} --help"
-        ) from None
+    import tyro
 
-
-def _first_words_of(box: str) -> str:
-    """tyro's message without its frame, its advice and its line breaks."""
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    start = next((i for i, line in enumerate(lines) if line.startswith("╭")), -1)
-    body = lines[start + 1 :]
-    end = next((i for i, line in enumerate(body) if line.startswith(("─", "╰"))), len(body))
-    return " ".join(body[:end]).rstrip(".") or "bad command line"
+    return tyro.cli(
+        kind,
+        args=args,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+    )
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM held back inside a `with` block, for loops that must end between two
-    steps; a second Ctrl-C ends at once, unless `patient`.
+    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step.
+
+    A second signal ends the block at once, unless `patient` is true: launchers and schedulers
+    send the same signal twice.
     """
 
     def __init__(self, patient: bool = False) -> None:
         self.received: int | None = None
-        self.patient = patient  # launchers and schedulers pass the same signal on twice
+        self.patient = patient
 
     def __enter__(self) -> StopSignal:
         self._before = {
@@ -145,34 +119,31 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: object) -> None:
-        if self.received is not None and not self.patient:
-            raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
-        self.received = signum
+        again, self.received = self.received is not None, signum
+        if again and not self.patient:
+            self.raise_received()
 
     def raise_received(self) -> None:
-        """Raise what was held back: KeyboardInterrupt or Terminated. Does nothing when nothing
-        came.
-        """
+        """Raise KeyboardInterrupt or Terminated if a signal was received."""
         if self.received is not None:
             raise KeyboardInterrupt if self.received == signal.SIGINT else Terminated
 
 
+class _OneLine(logging.Formatter):
+    """Escapes whatever could garble a line of the log."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def log_to_stderr(also: Path | None = None) -> None:
-    """Send the scripts' log to stderr, and to the file `also` (appended). Called by entry scripts
-    only.
-    """
+    """Send the log to stderr, and append it to the file `also`. Only scripts call this."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if also:
         handlers.append(logging.FileHandler(also, encoding="utf-8"))
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        handlers=handlers,
-        force=True,
-    )
-    logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
-    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     for handler in handlers:
         handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.raiseExceptions = False  # report a full disk once, not for every line of the log
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "sentence_transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,4 +1,9 @@
-"""TODO: say what this file is for: semcse.errors."""
+"""The exceptions that end a script with one error line, and text that is safe to print.
+
+Exit codes of every script: 0 done; 2 bad usage or bad input (UserError), and nothing was written;
+1 a fault at run time (RunError, a full disk), and everything done so far is kept; 130 after Ctrl-C;
+143 after SIGTERM. `semcse.command_line.run_command` turns exceptions into these codes.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +12,37 @@ import os
 import re
 from collections.abc import Iterator
 
-# environment variables whose values nothing that we write may hold
+# Environment variables whose values must never be logged or written.
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class UserError(Exception):
-    """Bad usage or input: exit 2. `what` names the file, line or setting; `mend` says what to do
-    about it.
-    """
+    """Bad usage or bad input. `what` names the file, line or setting; `fix` says what to do."""
 
     exit_code = 2
 
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(f"{what}; {mend}")
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}; {fix}")
         self.what = what
+        self.fix = fix
 
 
 class RunError(UserError):
-    """A fault at run time (non-finite loss, a server gone): exit 1, everything done so far is kept."""
+    """A fault at run time, such as a non-finite loss or a server that is gone."""
 
     exit_code = 1
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. A BaseException, like KeyboardInterrupt, so that no `except Exception`
-    swallows it.
-    """
+    """SIGTERM arrived. Like KeyboardInterrupt, it is not caught by `except Exception`."""
 
 
 @contextlib.contextmanager
 def memory_named(settings: str) -> Iterator[None]:
-    """Turn a lack of memory in the block, the machine's or a GPU's, into a RunError that names the
-    `settings` to lower.
-    """
+    """Raise a RunError that names the `settings` to lower if the block runs out of memory."""
     try:
         yield
-    # torch raises RuntimeErrors, of which OutOfMemoryError is only one
+    # torch raises OutOfMemoryError for a GPU, but a plain RuntimeError for the CPU.
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(
             "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)
@@ -50,24 +50,22 @@ def memory_named(settings: str) -> Iterator[None]:
             raise
         raise RunError(
             f"out of memory ({str(error)[:200]})",
-            f"free some and continue, or start again with a lower {settings}",
+            f"free some memory and continue, or start again with a lower {settings}",
         ) from None
 
 
 def without_secrets(text: str) -> str:
-    """`text` with stars for the values of SECRETS, which a server may have sent back; words of
-    fewer than eight characters ("EMPTY") are no secrets.
-    """
-    for value in (os.environ.get(name, "").strip() for name in SECRETS):
-        text = text.replace(value, "***") if len(value) >= 8 else text
+    """Replace the values of SECRETS in `text`, which a server may have sent back, by stars."""
+    for name in SECRETS:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= 8:  # shorter values, such as "EMPTY", are placeholders
+            text = text.replace(value, "***")
     return text
 
 
 def printable(text: str) -> str:
-    """`text` for one line of a terminal or log: no secrets; line breaks, control and direction
-    characters and half surrogate pairs as escapes.
-    """
+    """Return `text` without secrets and with every character escaped that could garble a line."""
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode()
-        for one in without_secrets(text)
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in without_secrets(text)
     )

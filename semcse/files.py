@@ -1,15 +1,8 @@
-"""How this project treats files and errors: atomic writes, append-and-flush journals, locks,
-one-line errors, exit codes.
-
-Everything here is ours and knows nothing of papers or models. Exit codes of every script (DESIGN):
-0 done, 2 bad usage or input (UserError, nothing written), 1 a fault at run time (RunError, a full
-disk: what was done is kept), 130 Ctrl-C, 143 SIGTERM.
-"""
+"""Files that survive a kill: atomic writes, journals that grow by whole rows, and file locks."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,17 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from semcse.errors import UserError
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` (file or folder) to write to; it takes `path`'s place when the
-    block ends well, and vanishes otherwise.
+    """Yield a temporary path, to which the block writes a file or a folder that replaces `path`.
+
+    If the block raises, `path` keeps its old content and the temporary one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(partial)  # of a killed process with the same number
+    remove(partial)  # a killed process with the same number may have left it
     try:
         yield partial
         if partial.is_dir():
@@ -38,16 +34,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             os.replace(partial, path)
     except Exception as error:
+        # safetensors and tokenizers report a full disk by exceptions that are no OSErrors.
         code = re.search(r"\(os error (\d+)\)", str(error))
-        # safetensors and tokenizers have exceptions of their own for a full disk
         if code and not isinstance(error, OSError):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
         raise
     finally:
-        _remove(partial)
+        remove(partial)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -55,46 +52,43 @@ def _remove(path: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put folder `new` where folder `path` is or shall be. `restore_folder(path)` mends a kill
-    between the two renames.
+    """Move the folder `new` to `path`, and remove the folder that was there.
+
+    A kill can leave the old folder under its temporary name; `restore_folder(path)` moves it back.
     """
-    old = _old_of(path)
+    old = _old_name(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         path.rename(old)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def restore_folder(path: Path) -> None:
-    """Bring back the folder that a kill inside `replace_folder(_, path)` left under its second
-    name, or remove what is left of it.
-    """
+    """Clean up after a kill in `replace_folder(_, path)`: `path` then holds a whole folder again."""
     if path.exists():
-        _remove(_old_of(path))
-    elif _old_of(path).exists():
-        _old_of(path).rename(path)
+        remove(_old_name(path))
+    elif _old_name(path).exists():
+        _old_name(path).rename(path)
 
 
-def _old_of(path: Path) -> Path:
+def _old_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically, UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON atomically. NaN and infinity are refused: no other reader
-    would take them.
-    """
+    """Write `value` as indented JSON atomically. NaN and infinity, not valid in JSON, are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file of ours. UserError: missing, unreadable or not JSON."""
+    """Read a JSON file that this project wrote. UserError: it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -106,30 +100,26 @@ def read_json(path: Path) -> Any:
 
 
 class Journal:
-    """A JSONL file that grows by whole rows: each `append` is written and flushed at once, so that
-    a kill loses at most the row being written.
+    """A JSONL file that grows by whole rows, so that a kill loses at most the row being written.
 
-    Opening an existing journal drops torn lines (no newline, or not JSON), which only a kill or a
-    full disk can have left. Journals may be larger than memory.
+    Opening a journal drops torn lines (without a line end, or not JSON), which a kill or a full
+    disk can leave. A journal may be larger than memory.
     """
 
     def __init__(
         self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True
     ) -> None:
-        """Open `path` for appending; existing rows for which `keep` is false are dropped (a resumed
-        run drops rows after its checkpoint).
-        """
+        """Open `path` for appending, and drop the existing rows for which `keep` returns False."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with atomic_path(path) as partial, partial.open("wb") as kept:
-                kept.writelines(self._line(row) for _, row in self.scan(path) if keep(row))
+                kept.writelines(_line(row) for _, row in self.scan(path) if keep(row))
         self._handle = path.open("a+b")
-        self._end = self._handle.seek(0, os.SEEK_END)
 
     @staticmethod
     def scan(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(byte offset, row) of every whole row of a journal file, one at a time."""
+        """Yield (byte offset, row) of every whole row of a journal file."""
         offset = 0
         with path.open("rb") as handle:
             for line in handle:
@@ -142,56 +132,55 @@ class Journal:
 
     @classmethod
     def rows(cls, path: Path) -> list[dict[str, Any]]:
-        """All whole rows of a journal file."""
+        """Return all whole rows of a journal file."""
         return [row for _, row in cls.scan(path)]
 
     def append(self, row: dict[str, Any]) -> int:
-        """Write one row, flush it, and return the byte offset where it stands."""
-        line = self._line(row)
-        offset, self._end = self._end, self._end + len(line)
+        """Write one row, flush it, and return its byte offset."""
+        line = _line(row)
+        offset = self._handle.seek(0, os.SEEK_END)
         self._handle.write(line)
         self._handle.flush()
         return offset
 
     def sync(self) -> None:
-        """Make sure that the rows outlive a power cut too."""
+        """Wait until the rows are on the disk, so that they survive a power failure."""
         os.fsync(self._handle.fileno())
 
     def row_at(self, offset: int) -> dict[str, Any]:
-        """The row at a byte offset that `append` or `scan` gave."""
+        """Return the row at a byte offset that `append` or `scan` gave."""
         self._handle.seek(offset)
         return dict(json.loads(self._handle.readline()))
 
     def close(self) -> None:
-        """Close the file; rows are on disk already."""
+        """Close the file."""
         self._handle.close()
 
-    @staticmethod
-    def _line(row: dict[str, Any]) -> bytes:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold `path` (a small side file, `.NAME.lock`) for this process alone; the kernel frees it
-    when the process ends, however it ends.
+    """Hold the lock file `path`, named `.NAME.lock`, for this process alone.
+
+    The kernel releases the lock when the process ends, even if it is killed.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # its last holder has just removed it
-            if not (path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())):
-                raise BlockingIOError
-        except BlockingIOError:
-            raise UserError(
-                f"{path.with_name(path.stem[1:])} is in use by another run",
-                "wait for it or choose another output",
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"{path.with_name(path.stem[1:])} is in use by another run",
+            "wait for it or choose another output",
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        held.release()

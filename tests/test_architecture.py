@@ -1,5 +1,5 @@
-"""The shape of the project: which script may import which, that importing one has no effect, and
-how long they may be.
+"""The shape of the project: who imports whom, what an import does, how long the code is, and which
+packages it needs.
 """
 
 from __future__ import annotations
@@ -9,111 +9,124 @@ import contextlib
 import importlib.metadata
 import json
 import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
-# Arrows of the design: a script may import what stands at the end of its arrows, and everything
-# that may import in turn.
-ARROWS = {
-    "main": ("report", "train_embedding_model"),
-    "report": ("semantic_benchmark",),
-    "train_embedding_model": ("semantic_benchmark", "checkpoints"),
-    "checkpoints": ("encoder", "parallel"),
-    "parallel": ("files", "settings"),
-    "semantic_benchmark": ("baseline_models",),
-    "baseline_models": ("encoder",),
-    "encoder": ("similarity", "load_data", "packed"),
-    "packed": (),
-    "similarity": ("files", "settings"),
-    "load_data": ("files", "settings"),
-    "settings": ("files",),
-    "files": (),
-    "generate_train_summaries": ("batch_api",),
-    "generate_search_queries": ("batch_api",),
-    "batch_api": ("language_model",),
-    "language_model": ("load_data",),
-    "collect_papers": ("load_data",),
-    "embed_papers": ("baseline_models",),
-    "search_papers": ("baseline_models",),
-    "publish_model": ("report",),
-}
-LINE_CAPS = {"main": 110, "train_embedding_model": 600}
-# Formatted at 100 columns. The goal is 7,000 together with tools.
-ALL_LINES = 8_700
-
-SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+ROOT_SCRIPTS = sorted(ROOT.glob("*.py"))
+PACKAGE = sorted((ROOT / "semcse").glob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+SOURCES = [*ROOT_SCRIPTS, *PACKAGE, *TOOLS]
+ALL_LINES = 7_000  # of root, semcse and tools together
+MAIN_LINES = 110
+LONGEST_FUNCTION, LONG_FUNCTION = 60, 30  # lines: the longest, and the 90th percentile
+HEAVY = {"torch", "transformers", "datasets", "sklearn", "openai", "matplotlib"}
 
 
-def reachable(name: str) -> set[str]:
-    return set(ARROWS[name]).union(*(reachable(other) for other in ARROWS[name]))
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """How Python calls the module of a file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_entry_script(path: Path) -> bool:
+    return '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
 
 
 def imported(path: Path) -> set[str]:
-    """Every module a script names in an import, wherever it stands (in functions, under
-    TYPE_CHECKING), and in importlib's calls.
+    """The top name of every module in an import statement anywhere in the file, or in a call of
+    `import_module`.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{path.name}:{node.lineno}: a relative import in a folder of scripts"
-            )
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
             found.add((node.module or "").partition(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-            ("import_module", "__import__")
-        ):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             found.update(str(word.value) for word in node.args if isinstance(word, ast.Constant))
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_imports_run_one_way(name: str) -> None:
-    assert name in ARROWS, f"{name}.py is not in the design: give it its place in ARROWS"
-    wrong = (imported(SCRIPTS[name]) & set(ARROWS)) - reachable(name)
-    assert not wrong, f"{name}.py may not import {', '.join(sorted(wrong))}"
+every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_do_not_import_tests_or_benches(name: str) -> None:
-    assert imported(SCRIPTS[name]).isdisjoint({"pytest", "conftest", "tests", "bench"})
+# Imports
 
 
-def test_the_arrows_have_no_circle_and_the_checker_sees_every_kind_of_import(
-    tmp_path: Path,
-) -> None:
-    assert all(name not in reachable(name) for name in ARROWS)
+@every_source
+def test_imports_run_one_way(path: Path) -> None:
+    """semcse imports nothing of the project but itself; the scripts at the root import semcse and
+    each other; tools import both. Nobody imports tests or bench.
+    """
+    scripts, tools = ({one.stem for one in group} for group in (ROOT_SCRIPTS, TOOLS))
+    tests = {one.stem for one in (ROOT / "tests").glob("*.py")} | {"pytest", "hypothesis"}
+    bench = {one.stem for one in (ROOT / "bench").glob("*.py")}
+    forbidden = tests | bench | {"tests", "bench", "tools"}
+    if path not in TOOLS:
+        forbidden |= tools
+    if path in PACKAGE:
+        forbidden |= scripts
+    assert not imported(path) & forbidden
+
+
+def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
-        "import a, b.inner as c\nfrom d.inner import x\ndef f():\n    import e\n    class G:\n     "
-        "   from g import *\n    importlib.import_module('h')\nif TYPE_CHECKING:\n    from i"
-        " import J\n",
+        "import a, b.inner as c\nfrom d.inner import x\ndef f():\n    import e\n    class G:\n"
+        "        from g import *\n    importlib.import_module('h')\nif TYPE_CHECKING:\n"
+        "    from i import J\n",
         encoding="utf-8",
     )
     assert imported(path) == {"a", "b", "d", "e", "g", "h", "i"}
 
 
+def test_scripts_of_the_root_do_not_import_each_other_in_a_circle() -> None:
+    stems = {path.stem for path in ROOT_SCRIPTS}
+    left = {path.stem: imported(path) & stems for path in ROOT_SCRIPTS}
+    while free := [name for name, needed in left.items() if not needed & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
 OBSERVE = """
-import ast, json, logging, os, pathlib, random, signal, sys, threading, warnings
-root, here = pathlib.Path(sys.argv[1]), pathlib.Path.cwd()
-for name in [name for name in os.environ if name.startswith(("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_"))]:
-    del os.environ[name]  # else setting one to what it is would not show
-sys.path[0] = str(root)
-ours = {path.stem for path in root.glob("*.py")}
-for path in root.glob("*.py"):  # what others do when they are imported is not ours: first all of them
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name if isinstance(node, ast.Import) else "__future__"
-        if name.partition(".")[0] not in ours | {"__future__"}:
-            exec(ast.unparse(node))
+import ast, importlib, json, logging, os, pathlib, random, signal, sys, threading, warnings
+root, here, ours = pathlib.Path(sys.argv[1]), pathlib.Path.cwd(), json.loads(sys.argv[2])
+prefixes = ("HF_", "TOKENIZERS_", "TRANSFORMERS_", "OMP_", "MKL_")
+for name in [name for name in os.environ if name.startswith(prefixes)]:
+    del os.environ[name]  # otherwise setting one to the value that it has would not show
+sys.path[:1] = [str(root), str(root / "tools")]
+# Other packages may have effects when they are imported: import all of them first.
+tops = {name.partition(".")[0] for name in ours}
+for path in ours.values():
+    for node in ast.parse(pathlib.Path(path).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            first = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            if first.partition(".")[0] not in tops | {"__future__"}:
+                exec(ast.unparse(node))
 import numpy, torch
 
 def state():
-    files = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for folder in (root, here) for path in folder.iterdir() if path.name != "__pycache__"}
+    folders = [root, here]
     return {
-        "files": files,
+        "files": {
+            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+            for folder in folders for path in folder.iterdir() if path.name != "__pycache__"
+        },
         "runs": sorted(map(str, (root / "runs").glob("*"))),
         "torch seed": torch.initial_seed(),
         "torch state": hash(torch.get_rng_state().numpy().tobytes()),
@@ -121,73 +134,124 @@ def state():
         "python state": hash(random.getstate()),
         "environment": dict(os.environ),
         "handlers": [repr(handler) for handler in logging.root.handlers],
-        "levels": {name: logging.getLogger(name).level for name in (None, *logging.root.manager.loggerDict) if name not in ours},
-        "own loggers": {name: (len(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in sorted(ours)},
-        "signals": [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+        "levels": {
+            name: (logging.getLogger(name).level, len(logging.getLogger(name).handlers))
+            for name in (None, *ours, "httpx", "transformers", "huggingface_hub")
+        },
+        "signals": [repr(signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGTERM)],
         "warnings": [repr(one) for one in warnings.filters],
-        "threads": (threading.active_count(), torch.get_num_threads(), torch.get_num_interop_threads()),
-        "torch": (torch.cuda.is_initialized(), torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled()),
-        "matmul": torch.get_float32_matmul_precision(),
-        "folder and path": (os.getcwd(), list(sys.path), sys.argv, sys.getrecursionlimit()),
-        "output": (id(sys.stdout), id(sys.stderr), id(sys.excepthook)),
+        "threads": (threading.active_count(), torch.get_num_threads()),
+        "torch": (
+            torch.cuda.is_initialized(), torch.is_grad_enabled(), str(torch.get_default_dtype()),
+            torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+        ),
+        "python": (os.getcwd(), sys.argv, sys.getrecursionlimit(), id(sys.excepthook)),
+        "path": list(sys.path),
+        "output": (id(sys.stdout), id(sys.stderr)),
     }
 
-first = state()
 changed = {}
-for name in sorted(ours):
+for name in ours:
     before = state()
-    __import__(name)
+    importlib.import_module(name)
     after = state()
     changed[name] = sorted(key for key in before if before[key] != after[key])
-assert pathlib.Path(sys.modules["encoder"].__file__).parent == root
+assert pathlib.Path(sys.modules["semcse.files"].__file__).parent == root / "semcse"
 print("RESULT", json.dumps(changed))
 """
 
 
-def test_importing_a_script_has_no_effect(tmp_path: Path) -> None:
-    """No file, seed, random state, environment variable, logging set-up, signal handler, thread or
-    CUDA call; nothing printed.
+def test_importing_a_module_has_no_effect(tmp_path: Path) -> None:
+    """No file, random state, environment variable, logger, signal handler or thread; no output.
+
+    Tools are scripts that nobody imports: they may put the root on the path.
     """
-    done = run_script("-c", OBSERVE, ROOT, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    modules = {module_of(path): str(path) for path in (*ROOT_SCRIPTS, *PACKAGE)}
+    modules |= {path.stem: str(path) for path in TOOLS}
+    done = run_script("-c", OBSERVE, ROOT, json.dumps(modules), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("RESULT ")
-    assert done.stdout.count("\n") == 1
+    assert re.fullmatch(r"RESULT [^\n]*\n", done.stdout)
     assert done.stderr == ""
     changed = json.loads(done.stdout.removeprefix("RESULT "))
-    assert set(changed) == set(SCRIPTS)
-    assert {name: keys for name, keys in changed.items() if keys} == {}
+    assert set(changed) == set(modules)
+    tools = {path.stem for path in TOOLS}
+    allowed = {name: {"path"} if name in tools else set() for name in modules}
+    assert {name: keys for name, keys in changed.items() if set(keys) - allowed[name]} == {}
 
 
-def lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").split("\n")) - 1
+def imports_of(*words: str) -> set[str]:
+    """The top names of all modules that a Python process imports, which must end well."""
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("name", LINE_CAPS)
-def test_a_script_stays_within_its_cap(name: str) -> None:
-    assert lines(SCRIPTS[name]) <= LINE_CAPS[name]
+@pytest.mark.parametrize("script", [*filter(is_entry_script, ROOT_SCRIPTS)], ids=name_of)
+def test_help_answers_within_a_second_without_torch(script: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = imports_of(str(script), "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.isdisjoint(HEAVY)
+    assert "tyro" in found
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-def test_all_scripts_together_stay_within_their_cap() -> None:
-    assert sum(map(lines, SCRIPTS.values())) <= ALL_LINES
+def test_the_package_is_imported_without_heavy_packages_and_without_tyro() -> None:
+    code = "import semcse, semcse.errors, semcse.command_line, semcse.files, semcse.run_folder"
+    assert imports_of("-c", code).isdisjoint({*HEAVY, "tyro"})
+    assert "tyro" not in imports_of("-c", "from semcse import load_model")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_says_first_what_it_is_for(name: str) -> None:
-    text = ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
+# Length
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_all_code_stays_within_its_limit() -> None:
+    assert sum(len(lines(path)) for path in SOURCES) <= ALL_LINES
+    assert len(lines(ROOT / "main.py")) <= MAIN_LINES
+
+
+@pytest.mark.parametrize("folder", [".", "semcse", "tools", "tests", "bench"])
+def test_no_line_is_longer_than_100_columns(folder: str) -> None:
+    wide = [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for number, line in enumerate(lines(path), 1)
+        if len(line) > 100
+    ]
+    assert not wide
+
+
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{name_of(path)}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
+    assert np.percentile([*lengths.values()], 90) <= LONG_FUNCTION
+
+
+@every_source
+def test_a_file_says_in_its_first_line_what_it_is_for(path: Path) -> None:
+    text = ast.get_docstring(parsed(path))
     assert text
+    assert not text.startswith("TODO")
     assert len(text.partition("\n")[0]) > 30
 
 
-# What is installed
+# Packages
 
 
 def pins(name: str) -> dict[str, str]:
-    """Package -> version of the lines "package==version" of a requirements file, extras left out."""
-    found = re.findall(
-        r"^([\w.-]+)(?:\[[^]]*])?==(\S+)$",
-        (ROOT / name).read_text(encoding="utf-8"),
-        flags=re.MULTILINE,
-    )
+    """Package -> version of the lines "package==version" of a requirements file."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.findall(r"^([\w.-]+)(?:\[[^]]*])?==(\S+)$", text, flags=re.MULTILINE)
     return {canonical(package): version for package, version in found}
 
 
@@ -195,8 +259,28 @@ def canonical(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
+def test_every_imported_package_is_in_the_requirements() -> None:
+    ours = {path.stem for path in (*ROOT_SCRIPTS, *TOOLS)} | {"semcse"}
+    third_party = set().union(*map(imported, SOURCES)) - set(sys.stdlib_module_names) - ours
+    distributions = importlib.metadata.packages_distributions()
+    direct = pins("requirements.txt")
+    missing = {
+        module
+        for module in third_party
+        if not {canonical(name) for name in distributions[module]} & set(direct)
+    }
+    assert not missing
+
+
+def test_every_requirement_has_a_reason() -> None:
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    packages = [i for i, line in enumerate(text) if line and not line.startswith("#")]
+    assert len(packages) == len(pins("requirements.txt"))
+    assert all(text[i - 1].startswith("# ") for i in packages)
+
+
 def needed_by(package: str, seen: set[str]) -> None:
-    """Add an installed package and all it needs here to `seen`."""
+    """Add an installed package and everything that it needs here to `seen`."""
     if package not in seen:
         seen.add(package)
         for line in importlib.metadata.requires(package) or []:
@@ -208,26 +292,16 @@ def needed_by(package: str, seen: set[str]) -> None:
                     needed_by(canonical(name[0]), seen)
 
 
-def test_every_package_that_is_installed_has_its_version_in_the_constraints() -> None:
-    """All but torch, which has several builds; direct pins and constraints agree; no addresses,
-    paths or hashes.
-    """
+def test_the_constraints_hold_every_version_except_that_of_torch() -> None:
+    """Direct versions and constraints agree, and there are no addresses, paths or hashes."""
     direct, known = pins("requirements.txt") | pins("requirements-dev.txt"), pins("constraints.txt")
-    lines = [
-        line
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-    ]
-    assert len(lines) == len(known)
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in text if not line.startswith("#")]) == len(known)
     assert "torch" not in known
-    assert {name: known[name] for name in direct if name != "torch"} == {
-        name: version for name, version in direct.items() if name != "torch"
-    }
+    del direct["torch"]
+    assert {name: known.get(name) for name in direct} == direct
     needed: set[str] = set()
-    for package in direct.keys() - {"torch"}:
+    for package in direct:
         needed_by(package, needed)
-    assert not {
-        name
-        for name in needed - set(known) - {"torch"}
-        if not name.startswith(("nvidia", "triton", "cuda"))
-    }
+    of_torch = ("torch", "nvidia", "triton", "cuda")
+    assert not {name for name in needed - set(known) if not name.startswith(of_torch)}
