@@ -22,6 +22,7 @@ from semcse.llm import Answer, api_key, connection_fault, read_answer, translate
 
 # A run ends after so many failures in a row, and so many seconds without any answer.
 GONE_AFTER_FAILURES, GONE_AFTER_SECONDS = 50, 60.0
+RETRY_COUNT = "x-stainless-retry-count"  # header in which the openai package counts retries
 
 
 class Stopped(Exception):
@@ -67,7 +68,15 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
         """
         first = self.servers[server % len(self.servers)]
         with translated_errors():
-            response = await first.post("/chat/completions", cast_to=httpx2.Response, body=body)
+            try:
+                response = await first.post("/chat/completions", cast_to=httpx2.Response, body=body)
+            except openai.RateLimitError as error:
+                if int(error.request.headers[RETRY_COUNT]) < first.max_retries:
+                    raise RunError(
+                        "a server asks for a pause of more than two minutes (HTTP 429)",
+                        "run again later to continue",
+                    ) from None
+                raise
             return read_answer(response.content)
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
@@ -80,7 +89,7 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
             await asyncio.sleep(0.1)
         if self.stopping:
             raise Stopped
-        retry = int(request.headers["x-stainless-retry-count"])
+        retry = int(request.headers[RETRY_COUNT])
         request.url = self.urls[(self.urls.index(request.url) + retry) % len(self.urls)]
         request.headers["Host"] = request.url.netloc.decode()
         self.in_flight += 1
