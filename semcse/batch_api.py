@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ from semcse.command_line import StopSignal
 from semcse.errors import RunError, UserError, without_secrets
 from semcse.files import Journal
 from semcse.generation import (
+    BATCH_PRICE,
     AnswerJournal,
     GenerationRun,
     GenerationTask,
@@ -44,15 +45,7 @@ MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
 POLL = 30.0
 # Most batches whose answers are read at once: they are on disk, some 60 MB each.
 MAX_COLLECTED = 8
-ENDPOINT = "/v1/chat/completions"
-
-
-class BatchRequest(NamedTuple):
-    """One line of a file of requests."""
-
-    key: int
-    cost: float  # at most
-    line: bytes
+ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
 
 class BatchRun(GenerationRun):
@@ -149,27 +142,23 @@ class BatchRun(GenerationRun):
 
     def _submit(self, stop: StopSignal) -> None:
         """Upload what is missing, in files of the size that the server accepts."""
-        requests = itertools.chain(self._batch_requests(), [None])
         keys, cost = list[int](), 0.0
         with tempfile.TemporaryFile(dir=self.path.parent) as handle:
-            for request in requests:
-                size = handle.tell() + (len(request.line) if request else 0)
-                if keys and (not request or len(keys) == MAX_REQUESTS or size > MAX_BYTES):
+            for key, price, line in itertools.chain(self._batch_requests(), [(0, 0.0, b"")]):
+                full = len(keys) == MAX_REQUESTS or handle.tell() + len(line) > MAX_BYTES
+                if keys and (full or not line):
                     if stop.received:
                         return
-                    self._upload(handle, keys, cost)
+                    handle.seek(0)
+                    with translated_errors():
+                        named = ("requests.jsonl", handle)
+                        file = self.api.files.create(file=named, purpose="batch").id
+                    self._note(file, keys=keys, cost=cost)
                     handle.truncate(handle.seek(0))
                     keys, cost = [], 0.0
-                if request:
-                    handle.write(request.line)
-                    keys.append(request.key)
-                    cost += request.cost
-
-    def _upload(self, handle: IO[bytes], keys: list[int], cost: float) -> None:
-        handle.seek(0)
-        with translated_errors():
-            file = self.api.files.create(file=("requests.jsonl", handle), purpose="batch").id
-        self._note(file, keys=keys, cost=cost)
+                handle.write(line)
+                keys.append(key)
+                cost += price
 
     def _note(self, file: str, **what: Any) -> None:
         """Write what is known of an uploaded file to disk."""
@@ -177,9 +166,9 @@ class BatchRun(GenerationRun):
         self.notes.sync()
         self.uploads.setdefault(file, {}).update(what)
 
-    def _batch_requests(self) -> Iterator[BatchRequest]:
-        """Yield the requests that are missing and not in progress, as long as the server and
-        --max-cost have room.
+    def _batch_requests(self) -> Iterator[tuple[int, float, bytes]]:
+        """Yield key, highest cost and line of the requests that are missing and not in progress, as
+        long as the server and --max-cost have room.
         """
         in_progress = self._in_progress()
         reserved = sum(row["cost"] for row in self.uploads.values())
@@ -196,13 +185,13 @@ class BatchRun(GenerationRun):
                 return
             body = self.body(pending.paper, pending.keys, slots)
             read, written = most_tokens(body)
-            cost = self.cost([read / 2, written / 2])
+            cost = self.cost([BATCH_PRICE * read, BATCH_PRICE * written])
             in_progress.add(key)
             reserved += cost
             # the name says for which slots the answer is, and after how many rejections
             name = f"{key:016x}-{rejected:x}-{sum(1 << slot for slot in slots):x}"
             row = {"custom_id": name, "method": "POST", "url": ENDPOINT, "body": body}
-            yield BatchRequest(key, cost, json.dumps(row).encode() + b"\n")
+            yield key, cost, json.dumps(row).encode() + b"\n"
 
     def _request_key(self, pending: PendingPaper, slots: list[int]) -> int:
         """Return the key of a request, which stays the same when some of its slots are filled."""
@@ -231,10 +220,13 @@ class BatchRun(GenerationRun):
 
     def _collect_ended(self, bar: tqdm[Any]) -> bool:
         """Show the state of the batches, collect those that have ended, and return whether there
-        are any. A RunError if the server did not run one.
+        are any. Raises a RunError if the server did not run one.
         """
         batches = self._batches()
-        self._show(batches, bar)
+        counts = [batch.request_counts for batch in batches.values() if batch.request_counts]
+        bar.total = len(self._in_progress())
+        bar.n = sum(count.completed + count.failed for count in counts)
+        bar.set_postfix(batches=len(batches), cost=f"{self.cost(self.answers.billed):.2f}")
         ends = ("completed", "expired", "cancelled", "failed")
         ended = {file: batch for file, batch in batches.items() if batch.status in ends}
         ended = dict(itertools.islice(ended.items(), MAX_COLLECTED))
@@ -256,18 +248,6 @@ class BatchRun(GenerationRun):
                 "fix that and run again to continue",
             )
         return bool(ended)
-
-    def _show(self, batches: dict[str, Any], bar: tqdm[Any]) -> None:
-        counts: Counter[str] = Counter()
-        for batch in batches.values():
-            counts.update(dict(batch.request_counts or ()))
-        bar.total, bar.n = len(self._in_progress()), counts["completed"] + counts["failed"]
-        bar.set_postfix(
-            batches=len(batches),
-            failed=counts["failed"],
-            accepted=self.count["accepted"],
-            cost=f"{self.cost(self.answers.billed):.2f}",
-        )
 
     def _collect(self, batches: dict[str, Any]) -> None:
         """Download the answers of batches, then judge and record them in the order of the input."""

@@ -2,10 +2,9 @@
 
 A task wants some short texts of every paper. Each wanted text is a slot, and its key is a hash of
 everything that decides the answer. Every answer is appended to `<output>.journal.jsonl` as soon as
-it arrives, and a slot with an accepted answer is never requested again: a run that was killed, or
-that has more papers or wants more texts, pays only for what is missing. A run reads its input three
-times: to check and count it (survey), to request what is missing (send), and to write the output in
-the order of the input (write).
+it arrives, and a slot with an accepted text is never requested again: a run that was killed, or
+that wants more texts than before, pays only for what is missing. A run reads its input three times:
+to count what is missing (survey), to request it (send), and to write the output in order (write).
 """
 
 from __future__ import annotations
@@ -76,12 +75,8 @@ class GenerationTask:
 def generate_texts(
     flags: GenerationFlags, task: GenerationTask, runner: type[GenerationRun]
 ) -> None:
-    """Do what the command line of a generation script asks for.
-
-    Args:
-        flags: where to read and write, which model to ask, and how.
-        task: what is wanted of every paper.
-        runner: GenerationRun for single requests, BatchRun for batches.
+    """Do what the command line of a generation script asks for, by single requests or, with the
+    runner BatchRun, by batches.
 
     Raises:
         UserError: bad flags or input, or another run works on this output.
@@ -114,7 +109,7 @@ def generate_texts(
             run.write()
         finally:
             run.report()
-        run.raise_if_unfinished()
+        run.check_completeness()
 
 
 @dataclass
@@ -141,12 +136,10 @@ class GenerationRun:
         self, flags: GenerationFlags, task: GenerationTask, answers: AnswerJournal
     ) -> None:
         self.flags, self.task, self.answers = flags, task, answers
-        self.started = time.monotonic()
-        self.count: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()  # reasons of the quality gate
-        self.faults: Counter[str] = Counter()  # of servers and network
+        self.started, self.billed_before = time.monotonic(), list(answers.billed)
+        self.tokens_before = list(answers.tokens)
+        self.count, self.rejected, self.faults = Counter[str](), Counter[str](), Counter[str]()
         self.failed: dict[str, Counter[str]] = {}  # paper id -> reasons
-        self.earlier_tokens, self.earlier_billed = list(answers.tokens), list(answers.billed)
 
     def survey(self) -> None:
         """Check the whole input and count what is missing; with --estimate, print its cost."""
@@ -156,19 +149,17 @@ class GenerationRun:
             requests = self.missing(keys)
             missing = sum(map(len, requests))
             self.count.update(papers=1, texts=len(keys), missing=missing, requests=len(requests))
-            if self.flags.estimate:
-                for slots in requests:
-                    tokens = most_tokens(self.body(paper, keys, slots))
-                    read, written = read + tokens[0], written + tokens[1]
+            for slots in requests if self.flags.estimate else ():
+                tokens = most_tokens(self.body(paper, keys, slots))
+                read, written = read + tokens[0], written + tokens[1]
         log.info(
             "%(papers)d papers, %(texts)d texts wanted, %(missing)d missing: %(requests)d requests",
             self.count,
         )
         if self.flags.estimate:
             log.info(
-                "about %d tokens to read (%d characters each) and at most %d to write, not counting"
-                " retries",
-                *(read, CHARS_PER_TOKEN, written),
+                f"about {read} tokens to read ({CHARS_PER_TOKEN} characters each) and at most"
+                f" {written} to write, not counting retries"
             )
             share = BATCH_PRICE if self.flags.batch else 1
             log.info("cost: at most about %.2f", self.cost([share * read, share * written]))
@@ -179,19 +170,16 @@ class GenerationRun:
         """
         from semcse.server_pool import ServerPool
 
-        flags = self.flags
-        async with ServerPool(
-            flags.base_url, flags.concurrency, flags.retries, flags.timeout
-        ) as pool:
+        flags, requests, tasks = self.flags, self.requests(), list[asyncio.Task[None]]()
+        pool = ServerPool(flags.base_url, flags.concurrency, flags.retries, flags.timeout)
+        async with pool:
             self.faults = pool.faults
-            requests, tasks = self.requests(), list[asyncio.Task[None]]()
             for _ in range(flags.concurrency):
                 tasks.append(asyncio.create_task(self._work(pool, requests)))
                 await asyncio.sleep(0.0002)  # the first requests leave one after the other
-            await self._wait(pool, stop, tasks)
-            patience = GRACE if stop.received else flags.timeout
+            await self._show_progress(pool, stop, tasks)
             pool.stopping = True
-            await asyncio.wait(tasks, timeout=patience)
+            await asyncio.wait(tasks, timeout=GRACE if stop.received else flags.timeout)
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
@@ -199,23 +187,17 @@ class GenerationRun:
             if isinstance(end, Exception):
                 raise end
 
-    async def _wait(
+    async def _show_progress(
         self, pool: ServerPool, stop: StopSignal, tasks: list[asyncio.Task[None]]
     ) -> None:
-        """Show progress until all tasks are done or the run must stop."""
-        running = set(tasks)
-        have = self.count["texts"] - self.count["missing"]
-        with tqdm(
-            total=self.count["texts"], initial=have, desc=self.task.key, unit="text", mininterval=1
-        ) as bar:
+        """Update the progress bar until all tasks are done or the run must stop."""
+        running, want = set(tasks), self.count["texts"]
+        have = want - self.count["missing"]
+        with tqdm(total=want, initial=have, desc=self.task.key, unit="text", mininterval=1) as bar:
             while running and not stop.received and not pool.stopping:
                 _, running = await asyncio.wait(running, timeout=0.2)
-                bar.set_postfix(
-                    tokens=sum(self.answers.tokens),
-                    cost=f"{self.cost(self.answers.billed):.2f}",
-                    failed=self.count["failed"],
-                    refresh=False,
-                )
+                cost, failed = self.cost(self.answers.billed), self.count["failed"]
+                bar.set_postfix(cost=f"{cost:.2f}", failed=failed, refresh=False)
                 bar.update(have + self.count["accepted"] - bar.n)
 
     async def _work(self, pool: ServerPool, requests: Iterator[Request]) -> None:
@@ -263,22 +245,13 @@ class GenerationRun:
         answer: Answer,
         recorded: Collection[int] = (),
     ) -> list[int]:
-        """Judge the texts of an answer and append them to the journal, accepted or not.
-
-        Args:
-            pending: the paper.
-            slots: the slots that the answer is for.
-            answer: the answer to judge.
-            recorded: slots whose texts, and with them the answer's tokens, are in the journal.
-
-        Returns:
-            The slots whose texts were rejected.
+        """Judge the texts of an answer, append them to the journal, accepted or not, and return the
+        slots whose texts were rejected. Slots in `recorded` are in the journal already.
         """
         texts = [answer.text]
         if self.task.structured:
             texts = [*parse_texts(answer.text), *[""] * len(slots)]
-        left = []
-        tokens = (answer.prompt_tokens, answer.completion_tokens)
+        left, tokens = [], (answer.prompt_tokens, answer.completion_tokens)
         for slot, text in zip(slots, map(clean, texts), strict=False):
             if slot in recorded:
                 tokens = (0, 0)
@@ -345,18 +318,17 @@ class GenerationRun:
 
     def report(self) -> None:
         """Log what this run did, and write it next to the output."""
-        counts = ("papers", "texts", "missing", "accepted", "failed")
-        flags = ("model", "temperature", "top_p", "max_tokens", "attempts", "concurrency", "batch")
+        counts = "papers texts missing accepted failed papers_written papers_failed".split()
+        flags = "model temperature top_p max_tokens attempts concurrency batch".split()
         answers, prompts = self.answers, self.task.prompts
-        billed = [
-            now - earlier for now, earlier in zip(answers.billed, self.earlier_billed, strict=True)
-        ]
-        report = {name: self.count[name] for name in (*counts, "papers_written", "papers_failed")}
+        tokens = [now - old for now, old in zip(answers.tokens, self.tokens_before, strict=True)]
+        billed = [now - old for now, old in zip(answers.billed, self.billed_before, strict=True)]
+        report: dict[str, Any] = {name: self.count[name] for name in counts}
         report |= {
             "rejected": dict(self.rejected.most_common()),
             "faults": dict(self.faults.most_common()),
-            "prompt_tokens": answers.tokens[0] - self.earlier_tokens[0],
-            "completion_tokens": answers.tokens[1] - self.earlier_tokens[1],
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
             "cost": self.cost(billed),
             "cost_of_all_runs": self.cost(answers.billed),
             "seconds": round(time.monotonic() - self.started, 1),
@@ -366,19 +338,16 @@ class GenerationRun:
         files.write_json(Path(f"{self.flags.output}.report.json"), report)
         log.info("%s", "; ".join(f"{name}: {value}" for name, value in report.items()))
 
-    def raise_if_unfinished(self) -> None:
-        """Raise a RunError if --max-cost was reached or if no paper has its texts."""
-        unfinished = self.count["papers_failed"]
+    def check_completeness(self) -> None:
+        """Raise a RunError if --max-cost was reached or if no paper has the texts it needs."""
+        unfinished, output = self.count["papers_failed"], self.flags.output
         if unfinished and self.budget_is_spent():
-            raise RunError(
-                f"--max-cost {self.flags.max_cost} is reached and {unfinished} papers are"
-                " unfinished",
-                "raise it and run again",
-            )
+            spent = f"--max-cost {self.flags.max_cost} is reached"
+            raise RunError(f"{spent} and {unfinished} papers are unfinished", "raise it, run again")
         if unfinished and not self.count["papers_written"]:
             raise RunError(
-                f"no paper got the texts it needs, so {self.flags.output} is empty",
-                f"see the reasons in {self.flags.output}.failed.jsonl",
+                f"no paper got the texts it needs, so {output} is empty",
+                f"see the reasons in {output}.failed.jsonl",
             )
 
     def papers(self) -> Iterator[Paper]:
@@ -440,8 +409,8 @@ class GenerationRun:
         }
         if self.task.structured:
             texts = {"type": "array", "items": {"type": "string"}, "minItems": n, "maxItems": n}
-            schema = {"type": "object", "properties": {"texts": texts}, "required": ["texts"]}
-            schema["additionalProperties"] = False
+            schema: dict[str, Any] = {"type": "object", "properties": {"texts": texts}}
+            schema |= {"required": ["texts"], "additionalProperties": False}
             json_schema = {"name": "texts", "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return body
@@ -474,10 +443,8 @@ class AnswerJournal:
             self._count(offset, row)
             damaged -= 1
         if damaged:
-            log.warning(
-                "%s: left out %d torn or damaged rows; their texts are requested again",
-                *(path, damaged),
-            )
+            what = f"{path}: left out {damaged} torn or damaged rows"
+            log.warning("%s; their texts are requested again", what)
 
     def _count(self, offset: int, row: dict[str, Any]) -> None:
         if "rejected" in row:
@@ -509,7 +476,7 @@ class AnswerJournal:
 
 def _is_intact(row: dict[str, Any]) -> bool:
     """Return whether a row is as it was written. Rows of early versions have no checksum."""
-    kinds = {"key": int, "id": str, "slot": int, "text": str}
+    kinds: dict[str, type] = {"key": int, "id": str, "slot": int, "text": str}
     kinds |= {"prompt_tokens": int, "completion_tokens": int}
     typed = all(type(row.get(name)) is kind for name, kind in kinds.items())
     return typed and row.get("sum", _checksum(row)) == _checksum(row)

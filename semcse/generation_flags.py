@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import urllib.parse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class GenerationFlags:
     shard: str = "1/1"
 
 
+BASE_URL = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?", re.I)
 # The smallest and the largest value of each number.
 BOUNDS: dict[str, tuple[float, float]] = {
     "concurrency": (1, 1000),
@@ -72,7 +73,7 @@ def check_flags(flags: GenerationFlags) -> None:
         if not low <= getattr(flags, name) <= high:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is out of range", f"give a number from {low} to {high:g}")
-    if not flags.base_url or not all(map(_is_plain_url, flags.base_url)):
+    if not flags.base_url or not all(map(BASE_URL.fullmatch, flags.base_url)):
         raise UserError(
             "--base-url is missing or is not of the form http(s)://host[:port]/path",
             "name a server, and put its key into OPENAI_API_KEY",
@@ -90,13 +91,3 @@ def check_flags(flags: GenerationFlags) -> None:
         )
     api_key()
     shard_slice(flags.shard)
-
-
-def _is_plain_url(url: str) -> bool:
-    """Return whether a URL has the form http(s)://host[:port]/path."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        has_host = bool(parts.hostname) and parts.port != 0  # `port` raises if it is out of range
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and has_host and not (parts.username or parts.query)

@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         is_file = isinstance(result, bytes)
-        content = result if is_file else json.dumps(result).encode()
+        content: bytes = result if is_file else json.dumps(result).encode()
         self.send_response(int(fault) if fault.isdigit() else 200)
         kind = "octet-stream" if is_file else "json"
         self.send_header("Content-Type", f"application/{kind}")

@@ -239,10 +239,10 @@ def start(source: Path, output: Path, url: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "call, number, created",
     [
-        ("upload", 0, 0),
+        pytest.param("upload", 0, 0, marks=pytest.mark.slow),
         ("create", 0, 1),
-        ("create", 1, 2),
-        ("retrieve", 5, 3),
+        pytest.param("create", 1, 2, marks=pytest.mark.slow),
+        pytest.param("retrieve", 5, 3, marks=pytest.mark.slow),
         ("content", 0, 3),
     ],
 )

@@ -105,10 +105,10 @@ LAYERS = [
 def test_an_endless_answer_is_rejected_quickly(layer: str) -> None:
     """Cleaning layer by layer, or searching again from every quote, could take minutes."""
     start = time.process_time()
-    for raw in (layer * 100_000, "{" + layer * 100_000, GOOD + layer * 100_000):
+    for raw in (layer * 20_000, "{" + layer * 20_000, GOOD + layer * 20_000):
         texts = [raw, *parse_texts(raw)[:4]]
         assert all(judged(clean(text), others=[GOOD]) for text in texts)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 10
 
 
 @given(
