@@ -5,8 +5,8 @@ benchmark's query task.
         --base-url http://127.0.0.1:8000/v1 --model NAME
 
 A run can be killed at any time; the same command continues and requests only what is missing. The
-queries of the SemCSE paper are by Mistral 3.1 small (mistralai/Mistral-Small-3.1-24B-Instruct-2503).
-The prompt is ours, because theirs is not in the authors' README, model card or main.py.
+queries of the SemCSE paper are by mistralai/Mistral-Small-3.1-24B-Instruct-2503. The prompt is
+ours, because theirs is not in the authors' README, model card or main.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Generates several one-sentence summaries of each abstract with a language model: the texts that
 contrastive training pulls together.
 
-    python generate_train_summaries.py --input papers.jsonl --output data/train_summaries.jsonl.gz \\
+    python generate_train_summaries.py --input papers.jsonl --output summaries.jsonl.gz \\
         --base-url http://127.0.0.1:8000/v1 --model NAME
 
 The summaries of one paper take different views of it, so that they differ in words and agree in
@@ -53,7 +53,7 @@ ALL_AT_ONCE = (
 class Command(GenerationFlags):
     """Write several one-sentence summaries of every abstract of a papers file."""
 
-    # Summaries of each abstract, at least 2. If it is raised later, only the new ones are requested.
+    # Summaries of each abstract, at least 2. Raise it later to request only the new ones.
     summaries_per_abstract: int = 4
     # Request all summaries of an abstract at once, with a JSON schema: fewer tokens, less variety.
     structured: bool = False

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -292,11 +292,12 @@ class GenerationRun:
     def write(self) -> None:
         """Write the output in the order of the input, and list the papers that lack texts."""
         output, failures = self.flags.output, Path(f"{self.flags.output}.failed.jsonl")
+        open_text: Any = gzip.open if output.suffix == ".gz" else open
         with (
             files.atomic_path(failures) as failed_path,
             files.atomic_path(output) as output_path,
             failed_path.open("w", encoding="utf-8") as failed,
-            _open_text(output_path, gzipped=output.suffix == ".gz") as written,
+            open_text(output_path, "wt", encoding="utf-8") as written,
         ):
             for paper in self.papers():
                 keys = self.keys(paper)
@@ -495,9 +496,3 @@ def most_tokens(body: dict[str, Any]) -> tuple[int, int]:
     """Return about how many tokens a request has, and how many its answer has at most."""
     characters = sum(len(message["content"]) for message in body["messages"])
     return characters // CHARS_PER_TOKEN, body["max_tokens"]
-
-
-def _open_text(path: Path, gzipped: bool) -> IO[str]:
-    if gzipped:
-        return gzip.open(path, "wt", encoding="utf-8")
-    return path.open("w", encoding="utf-8")

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable
 
 from semcse.papers import normalise
 
-# Two texts are near-duplicates if the Jaccard index of their word sets is at least this.
-SAME_WORDS = 0.8
-# A text is a copy if at least this share of its word 5-grams occurs in the source.
-COPIED = 0.7
+SAME_WORDS = 0.8  # Jaccard index of their word sets from which two texts are near-duplicates
+COPIED = 0.7  # share of its word 5-grams in the source from which a text is a copy
 # Longer answers are cut to this many characters: the time for cleaning grows with the square.
 LONGEST_TEXT = 4_000
 # A text with more characters than this for each allowed word is too long.
@@ -109,8 +107,7 @@ def judge(
 
     Args:
         text: what `clean` returned.
-        title: the paper's title, which the text must not copy.
-        abstract: the paper's abstract, which the text must not copy.
+        title, abstract: those of the paper, which the text must not copy.
         prompt: everything the model was told, which the text must not repeat.
         words: the fewest and the most words of a text.
         others: texts of the same paper that were accepted before.

@@ -174,7 +174,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.lock:
             self.world.calls[call] += 1
             fault = self.world.faults[call].pop(0) if self.world.faults.get(call) else ""
-            result = {"error": {"message": f"made-up {fault}"}} if fault.isdigit() else work()
+            error = {"error": {"message": f"made-up {fault}"}}
+            result: Any = error if fault.isdigit() else work()
         if fault == "hold":
             self.world.held.set()
             self.rfile.read(1)  # until the client is gone

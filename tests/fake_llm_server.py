@@ -1,7 +1,7 @@
 """A language-model server for tests: answers /v1/chat/completions with made-up sentences after a
 given latency, and misbehaves on demand.
 
-python tests/fake_llm_server.py [--latency SECONDS] prints its base URL and serves until it is killed.
+python tests/fake_llm_server.py [--latency SECONDS] prints its base URL and serves until killed.
 FakeServer(latency=0.01, misbehave=lambda body, number: "500" if number == 0 else None) serves in a
 thread, as a context manager.
 
@@ -111,8 +111,8 @@ def response(body: Body, kind: str | None) -> bytes:
 
 
 class FakeServer:
-    """Serves on 127.0.0.1, in a thread when used as a context manager. `requests`, `targets`, `kinds`
-    and `times` describe all requests in the order of arrival.
+    """Serves on 127.0.0.1, in a thread when used as a context manager. `requests`, `targets`,
+    `kinds` and `times` describe all requests in the order of arrival.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class FakeServer:
 
 
 class Connection(asyncio.Protocol):
-    """One connection of a client: reads a request, waits for the latency, answers, reads the next."""
+    """One connection: reads a request, waits for the latency, answers, and reads the next."""
 
     def __init__(self, server: FakeServer) -> None:
         self.server, self.buffer = server, b""

@@ -301,6 +301,7 @@ def test_a_run_that_ends_while_it_records_answers_continues_there(
             assert len([number for number in written if number]) == len(server.paid)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_batches_at_the_server(papers_file: Papers, tmp_path: Path) -> None:
     source, output = papers_file([bare(i) for i in range(3)]), tmp_path / "out.jsonl"
     with BatchServer() as server:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semcse.errors import RunError, UserError
-from semcse.llm import Answer, Unanswered, api_key, read_answer
+from semcse.llm import Answer, api_key, read_answer
 from semcse.server_pool import ServerPool, Stopped
 
 
@@ -175,13 +175,6 @@ def test_a_server_gets_the_pause_that_it_asks_for() -> None:
     assert min(pauses) >= 0.2
 
 
-def test_retries_are_a_budget() -> None:
-    with FakeServer(misbehave=failing("500", 99)) as server:
-        (error,), faults = ask(server.url, retries=3)
-    assert isinstance(error, Unanswered)
-    assert (error.reason, error.permanent, faults) == ("HTTP 500", False, {"HTTP 500": 4})
-
-
 def test_requests_go_to_their_server_and_retries_to_the_next() -> None:
     with FakeServer() as one, FakeServer() as two, FakeServer(misbehave=failing("500", 9)) as bad:
         ask(one.url, two.url, requests=4)
@@ -192,15 +185,6 @@ def test_requests_go_to_their_server_and_retries_to_the_next() -> None:
     assert (faults, bad.requests) == ({"HTTP 500": 1}, [body(0)])
     assert sorted(map(str, one.requests[2:])) == sorted(map(str, [body(0), body(1)]))
     assert two.requests[2:] == [body(2)]
-
-
-def test_a_rejected_text_is_not_sent_again() -> None:
-    with FakeServer(misbehave=failing("400")) as server:
-        (error,), _ = ask(server.url)
-    assert isinstance(error, Unanswered)
-    assert error.permanent
-    assert "made-up 400" in error.reason
-    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

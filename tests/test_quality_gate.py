@@ -142,10 +142,6 @@ def test_clean_is_idempotent(raw: str) -> None:
     assert all(line == " ".join(line.split()) != "" for line in text.split("\n") if text)
 
 
-def test_half_a_surrogate_pair_is_replaced() -> None:
-    assert clean("a \ud83d b") == "a ? b"
-
-
 FREES = "warm water frees pipes from most bivalves."
 REJECTED = {
     "empty": ["", "..."],
