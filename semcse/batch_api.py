@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
+from semcse import llm
 from semcse.command_line import StopSignal
 from semcse.errors import RunError, UserError, without_secrets
 from semcse.files import Journal
@@ -36,7 +37,6 @@ from semcse.generation import (
     most_tokens,
 )
 from semcse.generation_flags import GenerationFlags
-from semcse.llm import Answer, Unanswered, api_key, read_answer, status_error, translated_errors
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,14 @@ class BatchRun(GenerationRun):
             return
         url, retries = self.flags.base_url[0], self.flags.retries
         logging.getLogger("openai").setLevel(logging.WARNING)  # it logs every retry
-        self.api = openai.OpenAI(
-            base_url=url, api_key=api_key(), max_retries=retries, timeout=self.flags.timeout
-        )
+        with llm.checked_proxies():
+            self.api = openai.OpenAI(
+                base_url=url, api_key=llm.api_key(), max_retries=retries, timeout=self.flags.timeout
+            )
         try:
-            with translated_errors():
+            with llm.translated_errors():
                 list(self.api.batches.list(limit=1).data)
-        except (Unanswered, RunError) as error:
+        except (llm.Unanswered, RunError) as error:
             raise UserError(
                 f"--base-url {url} has no Batch API ({error})",
                 "check the address and the key, or leave --batch out",
@@ -131,7 +132,7 @@ class BatchRun(GenerationRun):
                     await asyncio.sleep(0 if stop.received else POLL / 100)
                 if not stop.received:
                     news, faults_in_a_row = self._collect_ended(bar), 0
-            except Unanswered as fault:
+            except llm.Unanswered as fault:
                 self.faults[fault.reason] += 1
                 news, faults_in_a_row = True, faults_in_a_row + 1
                 if faults_in_a_row > self.flags.retries or fault.permanent:
@@ -150,7 +151,7 @@ class BatchRun(GenerationRun):
                     if stop.received:
                         return
                     handle.seek(0)
-                    with translated_errors():
+                    with llm.translated_errors():
                         named = ("requests.jsonl", handle)
                         file = self.api.files.create(file=named, purpose="batch").id
                     self._note(file, keys=keys, cost=cost)
@@ -203,7 +204,7 @@ class BatchRun(GenerationRun):
     def _batches(self) -> dict[str, Any]:
         """Return uploaded file -> its batch, which is created unless an earlier try did that."""
         batches = {}
-        with translated_errors():
+        with llm.translated_errors():
             known = dict[str, str]()
             if any("batch" not in row for row in self.uploads.values()):
                 known = {one.input_file_id: one.id for one in self.api.batches.list(limit=100)}
@@ -258,7 +259,7 @@ class BatchRun(GenerationRun):
             for batch in batches.values():
                 for name in filter(None, (batch.error_file_id, batch.output_file_id)):
                     with (
-                        translated_errors(),
+                        llm.translated_errors(),
                         self.api.files.with_streaming_response.content(name) as response,
                     ):
                         handle.writelines(response.iter_bytes())
@@ -266,7 +267,7 @@ class BatchRun(GenerationRun):
             positions, answered, end = _index(handle)
             counts = [batch.request_counts for batch in batches.values() if batch.request_counts]
             if answered < sum(count.completed for count in counts):
-                raise Unanswered("a file of answers is cut")
+                raise llm.Unanswered("a file of answers is cut")
             for pending, slots in filter(None, self.requests()):
                 if (key := self._request_key(pending, slots)) in keys:
                     keys.discard(key)  # another paper may have the same texts
@@ -278,9 +279,9 @@ class BatchRun(GenerationRun):
         pending.reasons = self.failed.get(pending.paper.id, pending.reasons)
         try:
             answer, rejected, slots = _read_line(line)
-        except (Unanswered, RunError) as error:
-            again = isinstance(error, Unanswered) and not error.permanent
-            reason = error.reason if isinstance(error, Unanswered) else error.what
+        except (llm.Unanswered, RunError) as error:
+            again = isinstance(error, llm.Unanswered) and not error.permanent
+            reason = error.reason if isinstance(error, llm.Unanswered) else error.what
             self.faults[reason.partition(":")[0]] += 1
             pending.reasons[reason] += 1
             self.unanswered[key] += 1 if again else self.flags.retries + 1
@@ -305,7 +306,7 @@ def _index(handle: IO[bytes]) -> tuple[dict[int, int], int, int]:
     return positions, answered, position
 
 
-def _read_line(line: bytes) -> tuple[Answer, int, list[int]]:
+def _read_line(line: bytes) -> tuple[llm.Answer, int, list[int]]:
     """Return an answer, how many texts were rejected before it was requested, and its slots.
 
     Raises:
@@ -316,12 +317,12 @@ def _read_line(line: bytes) -> tuple[Answer, int, list[int]]:
         row = json.loads(line or b"{}")
         if not row.get("response"):
             code = (row.get("error") or {}).get("code") or "no answer"
-            raise Unanswered(without_secrets(str(code)))
+            raise llm.Unanswered(without_secrets(str(code)))
         status, body = row["response"]["status_code"], row["response"].get("body")
         if status != 200:
-            raise status_error(status, body)
+            raise llm.status_error(status, body)
         _, rejected, bits = (int(part, 16) for part in row["custom_id"].split("-"))
         slots = [slot for slot in range(bits.bit_length()) if bits >> slot & 1]
-        return read_answer(json.dumps(body).encode()), rejected, slots
+        return llm.read_answer(json.dumps(body).encode()), rejected, slots
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise Unanswered("bad body") from None
+        raise llm.Unanswered("bad body") from None

@@ -98,6 +98,20 @@ def connection_fault(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
+def checked_proxies() -> Iterator[None]:
+    """Raise a UserError if the block cannot create a client because of a proxy variable."""
+    import httpx2
+
+    try:
+        yield
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        raise UserError(
+            f"a proxy or --base-url cannot be used ({error})",
+            "correct or unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, or correct --base-url",
+        ) from None
+
+
+@contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """Turn the errors of the openai package in the block into `Unanswered` or, if they concern all
     requests, into `RunError`.

@@ -18,7 +18,14 @@ import httpx2
 import openai
 
 from semcse.errors import RunError
-from semcse.llm import Answer, api_key, connection_fault, read_answer, translated_errors
+from semcse.llm import (
+    Answer,
+    api_key,
+    checked_proxies,
+    connection_fault,
+    read_answer,
+    translated_errors,
+)
 
 # A run ends after so many failures in a row, and so many seconds without any answer.
 GONE_AFTER_FAILURES, GONE_AFTER_SECONDS = 50, 60.0
@@ -44,11 +51,13 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
         self, base_urls: Sequence[str], concurrency: int, retries: int, timeout: float
     ) -> None:
         logging.getLogger("openai").setLevel(logging.WARNING)  # it logs every retry
-        super().__init__(limits=httpx2.Limits(), timeout=timeout)
-        options: dict[str, Any] = {"max_retries": retries, "timeout": timeout, "http_client": self}
-        self.servers = [
-            openai.AsyncOpenAI(base_url=url, api_key=api_key(), **options) for url in base_urls
-        ]
+        with checked_proxies():
+            super().__init__(limits=httpx2.Limits(), timeout=timeout)
+            options: dict[str, Any] = {"max_retries": retries, "http_client": self}
+            self.servers = [
+                openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=timeout, **options)
+                for url in base_urls
+            ]
         self.urls = [server.base_url.join("chat/completions") for server in self.servers]
         self.concurrency = concurrency
         self.limit = float(concurrency)  # of requests in flight, lower after faults
@@ -71,11 +80,10 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
             try:
                 response = await first.post("/chat/completions", cast_to=httpx2.Response, body=body)
             except openai.RateLimitError as error:
+                # The package gives up early on a pause of more than two minutes.
                 if int(error.request.headers[RETRY_COUNT]) < first.max_retries:
-                    raise RunError(
-                        "a server asks for a pause of more than two minutes (HTTP 429)",
-                        "run again later to continue",
-                    ) from None
+                    what = "a server accepts no more requests for now (HTTP 429)"
+                    raise RunError(what, "run again later to continue") from None
                 raise
             return read_answer(response.content)
 

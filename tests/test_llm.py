@@ -164,6 +164,15 @@ def test_proxies_of_the_environment_are_used(direct: bool, monkeypatch: pytest.M
     assert proxy.targets == ([] if direct else [f"{server.url}/chat/completions"])
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1", "foo:bar:1"])
+def test_a_proxy_that_cannot_be_used_is_an_error_in_one_line(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(UserError, match="a proxy or --base-url cannot be used"):
+        ask("http://127.0.0.1:1/v1")
+
+
 # Retries, servers, limits
 
 
