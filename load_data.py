@@ -1,4 +1,8 @@
-"""TODO: say what this file is for: load_data."""
+"""From a file of training papers to the pairs of summaries that one training step compares.
+
+The training script uses three steps of this file: read the papers and drop those that the
+evaluation also uses, hold some papers out to choose the best checkpoint, and draw the batches.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +18,50 @@ from settings import Settings
 
 log = logging.getLogger(__name__)
 
+FEWEST_PAPERS = 4  # two to train on (a pair needs a negative) and two to validate on
 
-def split_validation(
-    papers: list[Paper], share: float, most: int, seed: int
+
+def read_training_papers(
+    settings: Settings, evaluation: list[Paper]
 ) -> tuple[list[Paper], list[Paper]]:
-    """(papers to train on, papers held out to choose the checkpoint): whole topics where the papers
-    have one, else single papers.
+    """Read the training papers, without those that the evaluation uses.
 
-    About `share` of the papers are held out: at least two, at most `most` (or a little more, to the
-    end of a topic). Which ones depends on `seed`, topics and ids alone, not on the file's order.
+    Args:
+        settings: Names the training file and the size of the validation split.
+        evaluation: The evaluation papers. A training paper is dropped if its id, its title or
+            nearly its whole abstract is the same as that of an evaluation paper.
+
+    Returns:
+        The papers to train on, and the papers held out to choose the best checkpoint.
 
     Raises:
-        UserError: too few papers to leave two on both sides.
+        UserError: The file has an error, or too few usable papers.
     """
-    wanted = max(2, min(most, round(share * len(papers))))
-    held: set[str] = set()
-    for by_topic in (True, False):  # by paper if the topics cannot be parted
-        groups: dict[str, list[str]] = {}
-        for paper in papers:
-            key = f"{paper.field}\n{paper.topic}" if by_topic and paper.topic else paper.id
-            groups.setdefault(key, []).append(paper.id)
-        names = sorted(groups)
-        for key in (names[i] for i in np.random.default_rng(seed).permutation(len(names))):
-            if len(held) < wanted and len(held) + len(groups[key]) <= min(
-                2 * wanted, len(papers) - 2
-            ):
-                held.update(groups[key])
-        if len(held) >= 2:
-            return [p for p in papers if p.id not in held], [p for p in papers if p.id in held]
-    raise UserError(
-        f"{len(papers)} papers with two different summaries are too few to train and validate on",
-        "give at least four papers",
+    stream = read_papers(settings.train_file, ("summaries",), settings.skip_invalid)
+    papers, dropped = drop_seen(stream, SeenPapers(evaluation))
+    if dropped:
+        log.info(
+            "dropped %d training papers that are in %s (%s)",
+            dropped.total(),
+            settings.eval_file,
+            ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items())),
+        )
+    papers = trainable(papers)
+    if len(papers) < FEWEST_PAPERS:
+        raise UserError(
+            f"{settings.train_file}: {len(papers)} papers with two different summaries are too few"
+            " to train and validate on",
+            "give at least four",
+        )
+    train, held_out = split_validation(
+        papers, settings.validation_share, settings.validation_papers, settings.seed
     )
-
-
-def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
-    """Batches that visit each paper `visits` times; an incomplete last batch is left to the next
-    epoch's shuffle.
-    """
-    return max(1, sum(paper.visits for paper in papers) // batch_size)
-
-
-def batch_pairs(
-    papers: list[Paper], seed: int, step: int, batch_size: int, joined_share: float = 0.0
-) -> list[tuple[str, str]]:
-    """The pairs (anchor, positive) of one step: each paper at most once, two different summaries of
-    it drawn at random; in `joined_share` of the pairs the positive is all its other summaries in
-    one text.
-
-    A pure function of (seed, epoch, step): nothing is carried from step to step, so a resumed run
-    sees the same batches. `step` counts from 0.
-    """
-    epoch, place = divmod(step, steps_per_epoch(papers, batch_size))
-    visited = np.repeat(np.arange(len(papers)), [paper.visits for paper in papers])
-    order = np.random.default_rng([seed, epoch]).permutation(visited)
-    chosen = list(dict.fromkeys(order[place * batch_size : (place + 1) * batch_size].tolist()))
-    if len(chosen) == 1:  # one paper's visits filled the batch: a pair needs a negative
-        chosen += [other for other in order.tolist() if other != chosen[0]][:1]
-    draw = np.random.default_rng([seed, epoch, place + 1])
-    return [_draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
-
-
-def _draw_pair(
-    summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float
-) -> tuple[str, str]:
-    first, second = draw.choice(len(summaries), size=2, replace=False)
-    if joined_share and draw.random() < joined_share:
-        others = [i for i in draw.permutation(len(summaries)) if i != first]
-        return summaries[first], " ".join(summaries[i] for i in others)
-    return summaries[first], summaries[second]
+    log.info("%d papers to train on, %d held out for validation", len(train), len(held_out))
+    return train, held_out
 
 
 def trainable(papers: Iterable[Paper]) -> list[Paper]:
-    """Papers with at least two different summaries; the others are logged by number."""
+    """Keep the papers with at least two different summaries, and log how many are left out."""
     papers = list(papers)
     kept = [paper for paper in papers if len(paper.summaries) >= 2]
     if len(kept) < len(papers):
@@ -96,38 +71,92 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
     return kept
 
 
-def read_training_papers(
-    settings: Settings, evaluation: list[Paper]
+def split_validation(
+    papers: list[Paper], share: float, most: int, seed: int
 ) -> tuple[list[Paper], list[Paper]]:
-    """(papers to train on, held-out papers to choose the checkpoint by), none of them in the
-    evaluation file.
+    """Split the papers into a training part and a validation part.
+
+    Papers that have a topic are held out by whole topics, because papers of one topic are much
+    alike. If the topics cannot be divided, single papers are held out. The choice depends on the
+    seed, the topics and the ids, but not on the order of the papers.
+
+    Args:
+        papers: All training papers, each with a different id.
+        share: Share of the papers to hold out, in (0, 1).
+        most: At most so many papers are held out, or slightly more to complete a topic.
+        seed: Seed of the random choice.
+
+    Returns:
+        The papers to train on and the held-out papers, at least two each.
 
     Raises:
-        UserError: see `load_data.read_papers` and `load_data.split_validation`.
+        UserError: There are fewer than four papers.
     """
-    papers, dropped = drop_seen(
-        read_papers(settings.train_file, ("summaries",), settings.skip_invalid),
-        SeenPapers(evaluation),
+    wanted = max(2, min(most, round(share * len(papers))))
+    limit = min(2 * wanted, len(papers) - 2)  # leaves at least two papers to train on
+    held_out: set[str] = set()
+    for by_topic in (True, False):
+        groups: dict[str, list[str]] = {}
+        for paper in papers:
+            key = f"{paper.field}\n{paper.topic}" if by_topic and paper.topic else paper.id
+            groups.setdefault(key, []).append(paper.id)
+        names = sorted(groups)
+        for index in np.random.default_rng(seed).permutation(len(names)):
+            group = groups[names[index]]
+            if len(held_out) < wanted and len(held_out) + len(group) <= limit:
+                held_out.update(group)
+        if len(held_out) >= 2:
+            train = [paper for paper in papers if paper.id not in held_out]
+            return train, [paper for paper in papers if paper.id in held_out]
+    raise UserError(
+        f"{len(papers)} papers with two different summaries are too few to train and validate on",
+        "give at least four papers",
     )
-    if dropped:
-        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
-        log.info(
-            "dropped %d training papers that stand in %s (%s)",
-            dropped.total(),
-            settings.eval_file,
-            reasons,
-        )
-    papers = trainable(papers)
-    if len(papers) < 4:
-        raise UserError(
-            f"{settings.train_file}: {len(papers)} papers with two different summaries are too few"
-            " to train and validate on",
-            "give at least four",
-        )
-    train, held_out = split_validation(
-        papers, settings.validation_share, settings.validation_papers, settings.seed
-    )
-    log.info(
-        "%d papers to train on, %d held out to choose the checkpoint", len(train), len(held_out)
-    )
-    return train, held_out
+
+
+def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
+    """Number of batches in which each paper occurs `visits` times.
+
+    Papers left over for an incomplete last batch are not used; the next epoch shuffles again.
+    """
+    return max(1, sum(paper.visits for paper in papers) // batch_size)
+
+
+def batch_pairs(
+    papers: list[Paper], seed: int, step: int, batch_size: int, joined_share: float = 0.0
+) -> list[tuple[str, str]]:
+    """Draw the pairs (anchor, positive) of one training step.
+
+    No paper occurs twice in a batch, so that every text of another pair is a true negative. The
+    result depends on the arguments alone: a resumed run draws the same batches.
+
+    Args:
+        papers: The training papers, each with at least two summaries.
+        seed: Seed of the shuffle and of the choice of summaries.
+        step: Number of the training step, from 0.
+        batch_size: Number of papers in a batch.
+        joined_share: Share of the pairs whose positive is all other summaries of the paper joined
+            to one text, in [0, 1].
+
+    Returns:
+        One pair of different summaries for each paper of the batch.
+    """
+    epoch, batch = divmod(step, steps_per_epoch(papers, batch_size))
+    visits = np.repeat(np.arange(len(papers)), [paper.visits for paper in papers])
+    order = np.random.default_rng([seed, epoch]).permutation(visits)
+    chosen = list(dict.fromkeys(order[batch * batch_size : (batch + 1) * batch_size].tolist()))
+    if len(chosen) == 1:  # the batch holds visits of one paper only, and a pair needs a negative
+        chosen += [other for other in order.tolist() if other != chosen[0]][:1]
+    draw = np.random.default_rng([seed, epoch, batch + 1])
+    return [_draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
+
+
+def _draw_pair(
+    summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float
+) -> tuple[str, str]:
+    """Draw two different summaries of one paper, or one and all the others joined."""
+    anchor, positive = draw.choice(len(summaries), size=2, replace=False)
+    if joined_share and draw.random() < joined_share:
+        others = [i for i in draw.permutation(len(summaries)) if i != anchor]
+        return summaries[anchor], " ".join(summaries[i] for i in others)
+    return summaries[anchor], summaries[positive]

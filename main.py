@@ -1,5 +1,4 @@
-"""The experiment: take an encoder, train it on summary pairs, and measure it on the four semantic
-tasks before and after.
+"""The SemCSE experiment: train an encoder on pairs of summaries, evaluate it before and after.
 
 python main.py                      sample papers, bundled encoder, CPU
 python main.py --metric cosine      the cosine version (or edit the line `metric` in settings.py)
@@ -12,24 +11,34 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semcse import command_line, files, report, run_folder
-from semcse.tables import ROWS
-from settings import Settings, parse_settings
+from semcse import command_line, files
+from semcse.run_folder import RunFolder
+from settings import Settings, parse_settings, require_files
+
+if TYPE_CHECKING:
+    from semcse.encoder import Encoder
+    from semcse.papers import Paper
 
 
 def main() -> None:
-    """Benchmark the encoder, train it, benchmark it again, and its authors' recipe beside it. Of
-    several processes all but the first only train.
+    """Run the whole experiment and write its results to the output folder.
+
+    1. Read the evaluation papers, and the training papers without those.
+    2. Evaluate the encoder on the four semantic tasks before training.
+    3. Train it: summaries of one abstract are pulled together, all others are pushed away.
+    4. Evaluate it again, and also evaluate the untrained encoder as its authors use it.
     """
     settings = parse_settings()
     command_line.log_to_stderr()
+    require_files(settings)
     from load_data import read_training_papers
     from semantic_benchmark import read_evaluation_papers
-    from semcse.checkpoints import facts_of
+    from semcse.checkpoints import describe_run
     from semcse.distributed import join
     from semcse.encoder import Usage
+    from semcse.model_folder import save_model
     from semcse.models import load_for_training, load_model
     from train_embedding_model import train
 
@@ -37,71 +46,59 @@ def main() -> None:
     evaluation = read_evaluation_papers(settings.eval_file, settings.skip_invalid)
     papers, held_out = read_training_papers(settings, evaluation)
     usage = Usage(settings.pooling, settings.metric, settings.max_length)
-    encoder = load_for_training(
-        settings.encoder, usage, settings.device, settings.trust_remote_code
-    )
-    facts = facts_of(encoder, group, papers, held_out, evaluation)
-    if group.rank:
+    options: Any = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+    encoder = load_for_training(settings.encoder, usage, **options)
+    facts = describe_run(encoder, group, papers, held_out, evaluation)
+    if group.rank > 0:  # the other processes of a distributed run only train
         train(encoder, papers, held_out, settings, Path(), group)
         return
-    with run_folder.RunFolder.locked(Path(settings.output_dir)) as folder:
+    with RunFolder.locked(Path(settings.output_dir)) as folder:
         folder.begin(dataclasses.asdict(settings), facts, settings.resume)
         command_line.log_to_stderr(folder.path / "run.log")
-        results = {"before": benchmark(encoder, evaluation, settings, folder.path / "before.json")}
+        benchmark(encoder, evaluation, settings, folder.path / "before.json")
         train(encoder, papers, held_out, settings, folder.path, group)
-        encoder.save(folder.path / "model", base=settings.encoder)
-        results["benchmark"] = benchmark(
-            encoder, evaluation, settings, folder.path / "benchmark.json"
-        )
-        recipe = load_model(
-            settings.encoder,
-            default=usage,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        results["recipe"] = benchmark(recipe, evaluation, settings, folder.path / "recipe.json")
-        conclude(results, settings, folder)
+        save_model(encoder, folder.path / "model", base=settings.encoder)
+        benchmark(encoder, evaluation, settings, folder.path / "benchmark.json")
+        encoder = load_model(settings.encoder, default=usage, **options)
+        benchmark(encoder, evaluation, settings, folder.path / "recipe.json")
+        write_report(settings, folder)
 
 
-def benchmark(
-    encoder: Any,
-    evaluation: list[Any],
-    settings: Settings,
-    path: Path,
-) -> dict[str, Any]:
-    """Score `encoder` and write `path`; a resumed run takes what it scored before."""
+def benchmark(encoder: Encoder, papers: list[Paper], settings: Settings, path: Path) -> None:
+    """Score `encoder` on the four tasks and write the result to `path`.
+
+    A resumed run keeps a result that it has written before.
+    """
     from semantic_benchmark import describe, evaluate
+    from semcse.report import save_map
+    from semcse.tables import ROWS
 
     if path.exists() and settings.resume:
-        return dict(files.read_json(path))
-    scored = evaluate(encoder, evaluation, settings.seed, ROWS[path.stem])
-    report.save_map(path.with_suffix(".npz"), evaluation, scored.abstracts, settings.seed)
-    result = describe(encoder, settings.eval_file, scored, settings.seed)
-    files.write_json(path, result)
-    return result
+        return
+    scored = evaluate(encoder, papers, settings.seed, ROWS[path.stem])
+    save_map(path.with_suffix(".npz"), papers, scored.abstracts, settings.seed)
+    files.write_json(path, describe(encoder, settings.eval_file, scored, settings.seed))
 
 
-def conclude(
-    results: dict[str, dict[str, Any]], settings: Settings, folder: run_folder.RunFolder
-) -> None:
-    """Print the table, write benchmark.md, end the run, and make its page."""
-    from semcse.tables import markdown, notes_on, table_lines
+def write_report(settings: Settings, folder: RunFolder) -> None:
+    """Print the table of results, write benchmark.md and report.html, and mark the run finished."""
+    from semcse.report import make
+    from semcse.tables import ROWS, markdown, notes_on, table_lines
 
-    named = {f"{settings.encoder} {ROWS[key]}": results[key] for key in ROWS}
+    results = {name: files.read_json(folder.path / f"{name}.json") for name in ROWS}
+    table = table_lines({f"{settings.encoder} {ROWS[name]}": results[name] for name in ROWS})
     usages = [
-        f'"{row}": {result["pooling"]} pooling, {result["metric"]} distance.'
-        for row, result in named.items()
+        f'"{settings.encoder} {ROWS[name]}": {result["pooling"]} pooling, '
+        f"{result['metric']} distance."
+        for name, result in results.items()
     ]
-    text = markdown(
-        f"SemCSE run {Path(settings.output_dir).name}",
-        table_lines(named),
-        [*notes_on(results["benchmark"]), *usages],
-    )
+    title = f"SemCSE run {Path(settings.output_dir).name}"
+    text = markdown(title, table, [*notes_on(results["benchmark"]), *usages])
     files.write_text(folder.path / "benchmark.md", text)
     folder.finish()
     logging.info("the trained model is %s", folder.output / "model")
     print("\n" + text.rstrip())
-    report.make(folder.output)
+    make(folder.output)
 
 
 if __name__ == "__main__":

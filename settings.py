@@ -1,10 +1,12 @@
-"""Every hyperparameter of the project, one line each. To switch the whole project between Euclidean
-distance and cosine, edit the line `metric`.
+"""Every hyperparameter of the project, one documented line each.
 
-Order of precedence: command-line flag > the chosen profile's block below > the default line. No
-profile sets `metric`. Functions elsewhere receive a `Settings` or plain values; nothing reads a
-global. [S] stated by the authors, [A] taken from the same group's other published code, [ours] our
-choice where the paper is silent (README, "Deviations and unknowns").
+To switch the whole project between Euclidean distance and cosine, edit the line `metric`. A flag on
+the command line wins over the profile's block below, which wins over the default line. No profile
+sets `metric`. Nothing reads a global setting: functions receive a `Settings` or plain values.
+
+The mark in brackets says what a default rests on: [S] the SemCSE authors' README, model card or
+main.py; [A] other published code of the same group; [ours] our choice, because none of these says
+it (README, "Deviations and unknowns").
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from semcse import command_line, errors
+from semcse import command_line
+from semcse.errors import UserError
 from semcse.types import Device, Metric, Pooling, Precision
 
 Loss = Literal["triplet", "infonce"]
@@ -26,84 +30,64 @@ Profile = Literal["quickstart", "paper"]
 class Settings:
     """Train an encoder on pairs of summaries and evaluate it on the four semantic tasks."""
 
-    # distance of loss, validation, benchmark and saved model [S: both are published]
-    metric: Metric = "euclidean"
-    # which block of differences below applies: quickstart (sample papers, CPU) or paper (full data,
-    # GPU)
-    profile: Profile = "quickstart"
-    # data
+    metric: Metric = "euclidean"  # distance of loss, validation, benchmark and saved model [S]
+    profile: Profile = "quickstart"  # quickstart: sample papers, CPU; paper: full data, GPU
+
+    # Data
     train_file: str = "data/sample_train.jsonl"  # papers file with summaries to train on
-    # papers file to evaluate on; its papers are never trained on
-    eval_file: str = "data/sample_test.jsonl"
-    output_dir: str = ""  # run folder; empty: runs/<profile>-<metric>
-    # count and log bad lines of a papers file instead of stopping at the first
-    skip_invalid: bool = False
-    # share of the training papers held out, whole topics where papers have one, to choose the
-    # checkpoint [ours]
-    validation_share: float = 0.1
-    validation_papers: int = 150  # at most so many papers are held out [A: 150 abstracts]
-    # encoder
+    eval_file: str = "data/sample_test.jsonl"  # papers file to evaluate on, never trained on
+    output_dir: str = ""  # folder of the run; empty: runs/<profile>-<metric>
+    skip_invalid: bool = False  # count and log bad lines instead of stopping at the first one
+    validation_share: float = 0.1  # share of the training papers held out for validation [ours]
+    validation_papers: int = 150  # at most so many papers are held out [A]
+
+    # Encoder
     encoder: str = "all-MiniLM-L6-v2"  # encoder to start from: recipe name, Hub id or folder
-    # text vector: first position's last hidden state, or the mean over real tokens [S: cls]
-    pooling: Pooling = "cls"
-    max_length: int = 512  # tokens kept of a text when embedding; saved with the model [ours]
-    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
-    # contrastive training
-    # triplet hinge over all in-batch negatives, or InfoNCE, better on real papers
-    # (docs/experiments.md) [S: triplet]
-    loss: Loss = "triplet"
-    # triplet margin in units of the distance; None: 1.0 euclidean [A], 0.1 cosine [ours]
-    margin: float | None = None
-    # InfoNCE temperature in units of the distance; None: 0.25 euclidean [ours], 0.07 cosine [A]
-    temperature: float | None = None
-    batch_size: int = 32  # papers in a batch, one pair of summaries each [A]
-    # texts (two a pair) whose activations a step keeps in memory; 0: all; a quarter of them takes
-    # 1.4 x the time, same gradients [ours]
-    texts_at_once: int = 0
-    # share of the pairs whose positive is all other summaries of the paper in one text, as long as
-    # abstracts are; 0: none [A: none]
-    joined_share: float = 0.0
-    max_steps: int = 40_000  # optimizer steps at most [A: 40 epochs of 1,000 batches]
-    learning_rate: float = 2e-5  # AdamW's peak learning rate [A]
-    weight_decay: float = 1e-4  # AdamW's weight decay [A]
-    warmup_steps: int = 0  # steps of linear learning-rate warm-up [A: none]
-    # let the learning rate fall linearly to 0 at max_steps; otherwise it is constant after the
-    # warm-up [A: constant]
-    decay: bool = False
-    clip_norm: float = 0.0  # gradient norm is cut to this; 0: no clipping [A: none]
-    # share of the starting weights averaged into the trained ones at the end; 0: none [A: none]
-    start_share: float = 0.0
+    pooling: Pooling = "cls"  # vector of a text: the first token's state, or the mean of all [S]
+    max_length: int = 512  # tokens kept of a text in embedding; saved with the model [ours]
+    trust_remote_code: bool = False  # allow a model to run Python code of its own
+
+    # Contrastive training
+    loss: Loss = "triplet"  # triplet hinge [S] or InfoNCE, which ranks real papers better [ours]
+    margin: float | None = None  # of the triplet loss; none: 1.0 euclidean [A], 0.1 cosine [ours]
+    temperature: float | None = None  # of InfoNCE; none: 0.25 euclidean [ours], 0.07 cosine [A]
+    batch_size: int = 32  # papers in a batch, with one pair of summaries each [A]
+    texts_at_once: int = 0  # texts whose activations are kept at a time; 0: all [ours]
+    joined_share: float = 0.0  # share of pairs with all other summaries joined as positive [ours]
+    max_steps: int = 40_000  # largest number of optimizer steps: 40 epochs of 1,000 batches [A]
+    learning_rate: float = 2e-5  # highest learning rate of AdamW [A]
+    weight_decay: float = 1e-4  # weight decay of AdamW [A]
+    warmup_steps: int = 0  # steps in which the learning rate rises linearly [A]
+    decay: bool = False  # lower the learning rate linearly to 0 at max_steps [A: constant]
+    clip_norm: float = 0.0  # largest gradient norm; 0: no clipping [A]
+    start_share: float = 0.0  # share of the starting weights averaged into the result [ours]
     train_max_length: int = 128  # tokens kept of a summary in training [A]
-    # running
-    validate_every: int = 1_000  # steps between validations; the best checkpoint is kept [A]
+
+    # Running
+    validate_every: int = 1_000  # steps between validations; the best weights are kept [A]
     patience: int = 7  # validations without a better result before training stops early [A]
-    checkpoint_every: int = 1_000  # steps between checkpoints that --resume continues from [ours]
-    # checkpoints kept, the newest; a damaged one is passed over for the one before [ours]
-    keep_checkpoints: int = 2
+    checkpoint_every: int = 1_000  # steps between checkpoints, where --resume continues [ours]
+    keep_checkpoints: int = 2  # newest checkpoints kept; the older one is a reserve [ours]
     log_every: int = 50  # steps between rows of metrics.jsonl [ours]
-    seed: int = 0  # seed of batches, summary choice, dropout and bootstrap
-    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
-    # training arithmetic; auto: bf16 autocast where the hardware has it natively, else float32
-    precision: Precision = "auto"
+    seed: int = 0  # seed of batches, choice of summaries, dropout and bootstrap
+    device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
+    precision: Precision = "auto"  # of training; auto: bf16 autocast if the hardware has it
     resume: bool = False  # continue the unfinished run in the output folder
 
 
 PROFILES: dict[Profile, dict[str, Any]] = {
-    # Two minutes on two CPU cores, with what the repository brings. The loss stays the authors':
-    # InfoNCE ranks better here under the Euclidean distance, but worse under cosine at its default
-    # temperature, and one line must switch the distance (docs/experiments.md, "The quickstart with
-    # InfoNCE").
+    # Takes a few minutes on two CPU cores, with data and encoder that need no download. The loss
+    # stays the authors' triplet loss (docs/experiments.md, "The quickstart with InfoNCE").
     "quickstart": {
-        # of 112 papers: several of the four neighbours of a topic meet in a batch
-        "batch_size": 64,
+        "batch_size": 64,  # of 112 papers, so that papers of one topic meet in a batch
         "max_steps": 60,
         "validation_share": 0.25,
         "validate_every": 10,
         "checkpoint_every": 20,
         "log_every": 5,
     },
-    # The published model's encoder and data size; needs a GPU, and the files that the README's
-    # stages make.
+    # The published model's encoder and data size. It needs a GPU, and the files that the README's
+    # section "Reproduce" makes.
     "paper": {
         "encoder": "KISTI-AI/Scideberta-full",
         "train_file": "data/train_summaries.jsonl.gz",
@@ -112,16 +96,19 @@ PROFILES: dict[Profile, dict[str, Any]] = {
 }
 
 MARGINS: dict[Metric, float] = {"euclidean": 1.0, "cosine": 0.1}
-# Euclidean: 0.25 did better than 0.5 on raw MiniLM vectors (docs/experiments.md); vectors of
-# another length want another.
+# 0.25 was better than 0.5 on raw MiniLM vectors (docs/experiments.md). Euclidean distances grow
+# with the length of the vectors, so another encoder may need another temperature.
 TEMPERATURES: dict[Metric, float] = {"euclidean": 0.25, "cosine": 0.07}
 
-# How the files of the paper profile come to be: said where one of them is missing.
-PAPER_DATA = (
-    "make the paper profile's data with: python collect_papers.py (papers and SciDocs), python"
-    " generate_search_queries.py (queries), python generate_train_summaries.py (summaries); see"
-    " README, Reproduce"
-)
+# Setting -> its smallest value. All of them must also be finite.
+AT_LEAST = {
+    **dict.fromkeys(("batch_size", "validation_papers"), 2),
+    **dict.fromkeys(("max_length", "train_max_length"), 3),
+    **dict.fromkeys(("max_steps", "validate_every", "patience", "checkpoint_every"), 1),
+    **dict.fromkeys(("keep_checkpoints", "log_every"), 1),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "clip_norm", "margin"), 0),
+    **dict.fromkeys(("seed", "texts_at_once"), 0),
+}
 
 
 def default_settings(profile: Profile) -> Settings:
@@ -130,86 +117,84 @@ def default_settings(profile: Profile) -> Settings:
 
 
 def parse_settings(args: Sequence[str] | None = None) -> Settings:
-    """Command line -> Settings with every open choice filled in. files.UserError: an unknown flag
-    or a value out of range.
+    """Read the settings from the command line.
+
+    Args:
+        args: The words after the script's name; None takes them from `sys.argv`.
+
+    Returns:
+        Settings without open choices (see `complete`).
+
+    Raises:
+        UserError: A value is out of range.
+        SystemExit: A flag is unknown or has a value of the wrong type (exit code 2).
     """
     words = list(sys.argv[1:] if args is None else args)
-    base = default_settings(_named_profile(words))
-    return complete(command_line.parse_command_line(Settings, words, base))
+    default = default_settings(_find_profile(words))
+    return complete(command_line.parse_command_line(Settings, words, default))
 
 
-def _named_profile(words: list[str]) -> Profile:
-    """The profile a command line names: its block must be applied before the flags are."""
-    named = Settings().profile
-    for i, word in enumerate(words):
-        flag, _, value = word.partition("=")
+def _find_profile(words: list[str]) -> Profile:
+    """Find the profile that a command line names: its block is the default of all other flags."""
+    found = Settings().profile
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
         if flag == "--profile":
-            value = value or " ".join(words[i + 1 : i + 2])
-            named = next((profile for profile in PROFILES if profile == value), named)
-    return named
+            value = value if equals else " ".join(words[place + 1 : place + 2])
+            found = next((profile for profile in PROFILES if profile == value), found)
+    return found
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill in what depends on other settings (margin, temperature, output folder) and check every
-    range.
+    """Fill in the settings that depend on others, and check the range of each.
+
+    Returns:
+        The same settings with margin, temperature and output folder set.
 
     Raises:
-        files.UserError: a value out of range.
+        UserError: A value is out of range.
     """
-    for name, choices in {
-        "metric": Metric,
-        "profile": Profile,
-        "pooling": Pooling,
-        "loss": Loss,
-        "device": Device,
-        "precision": Precision,
-    }.items():
-        _check(
-            name,
-            getattr(settings, name) in get_args(choices),
-            f"one of {', '.join(get_args(choices))}",
-        )
+    choices: dict[str, Any] = {"metric": Metric, "profile": Profile, "pooling": Pooling}
+    choices |= {"loss": Loss, "device": Device, "precision": Precision}
+    for name, choice in choices.items():
+        allowed = get_args(choice)
+        _check(name, getattr(settings, name) in allowed, f"one of {', '.join(allowed)}")
+    margin, temperature = settings.margin, settings.temperature
     settings = dataclasses.replace(
         settings,
-        margin=MARGINS[settings.metric] if settings.margin is None else settings.margin,
-        temperature=(
-            TEMPERATURES[settings.metric] if settings.temperature is None else settings.temperature
-        ),
+        margin=MARGINS[settings.metric] if margin is None else margin,
+        temperature=TEMPERATURES[settings.metric] if temperature is None else temperature,
         output_dir=settings.output_dir or f"runs/{settings.profile}-{settings.metric}",
     )
-    at_least = {
-        "batch_size": 2,
-        "max_steps": 1,
-        "max_length": 3,
-        "train_max_length": 3,
-        "validate_every": 1,
-        "patience": 1,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 1,
-        "log_every": 1,
-        "validation_papers": 2,
-        "warmup_steps": 0,
-        "weight_decay": 0,
-        "clip_norm": 0,
-        "margin": 0,
-        "seed": 0,
-        "texts_at_once": 0,
-    }
-    for name, least in at_least.items():
-        _check(
-            name, least <= getattr(settings, name) < float("inf"), f"at least {least} and finite"
-        )
+    for name, least in AT_LEAST.items():
+        value = getattr(settings, name)
+        _check(name, least <= value < float("inf"), f"at least {least} and finite")
     _check("seed", settings.seed < 2**63, "below 2^63")
     for name in ("learning_rate", "temperature"):
-        _check(name, 0 < getattr(settings, name) < float("inf"), "positive")
+        _check(name, 0 < getattr(settings, name) < float("inf"), "positive and finite")
     _check("joined_share", 0 <= settings.joined_share <= 1, "between 0 and 1")
     _check("start_share", 0 <= settings.start_share < 1, "at least 0 and below 1")
     _check("validation_share", 0 < settings.validation_share < 1, "between 0 and 1")
     return settings
 
 
-def _check(name: str, good: bool, need: str) -> None:
-    if not good:
-        raise errors.UserError(
-            f"setting --{name.replace('_', '-')} is out of range", f"give a value that is {need}"
-        )
+def _check(name: str, valid: bool, requirement: str) -> None:
+    if not valid:
+        flag = f"--{name.replace('_', '-')}"
+        raise UserError(f"setting {flag} is out of range", f"give a value that is {requirement}")
+
+
+def require_files(settings: Settings) -> None:
+    """Check that the data of the paper profile has been made.
+
+    Raises:
+        UserError: A file is missing; the message names the scripts that make it.
+    """
+    for key in ("train_file", "eval_file"):
+        path = getattr(settings, key)
+        if path == PROFILES["paper"][key] and not Path(path).exists():
+            raise UserError(
+                f"{path}: no such file",
+                "make the data of the paper profile with collect_papers.py,"
+                " generate_search_queries.py and generate_train_summaries.py (README, Reproduce)",
+            )

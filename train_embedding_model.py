@@ -1,12 +1,17 @@
-"""Contrastive training: pull two summaries of one abstract together, push summaries of other
-abstracts away.
+"""Contrastive training: pulls two summaries of one abstract together, pushes others away.
 
-One step: a batch of papers, two different summaries of each (`load_data.batch_pairs`), pooled
-vectors of both (`encoder.Encoder.forward`), the triplet hinge or InfoNCE over all in-batch
-negatives (`similarity.contrastive_loss`), AdamW. Every `validate_every` steps the held-out papers'
-partner summaries are ranked; the weights with the best mean rank are kept. Killed at any time, a
-run continues from its last checkpoint with the same batches, dropout and results. Several processes
-share the texts of a step (parallel.py).
+One training step does this:
+
+1. `load_data.batch_pairs` draws n papers and two different summaries of each: the anchor and the
+   positive. All summaries of the other papers in the batch are in-batch negatives.
+2. The encoder embeds the 2n texts, each on its own.
+3. `contrastive_loss` compares the distances to positives and to negatives.
+4. AdamW updates the encoder.
+
+Every `validate_every` steps, each held-out summary ranks the partner summaries of all held-out
+papers; the weights with the best mean rank are kept. A run can be stopped at any time. It continues
+from its last checkpoint with the same batches, the same dropout and the same result. Several
+processes can share the texts of each step (semcse/distributed.py).
 """
 
 from __future__ import annotations
@@ -31,30 +36,80 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from load_data import batch_pairs, steps_per_epoch
-from semcse import checkpoints, errors
+from semcse import checkpoints
 from semcse.command_line import StopSignal
 from semcse.distances import distances, ranks
-from semcse.distributed import ALONE, Group
+from semcse.distributed import SINGLE_PROCESS, ProcessGroup
 from semcse.encoder import Encoder, uses_bf16
-from semcse.errors import RunError
+from semcse.errors import RunError, memory_named
 from semcse.files import Journal
-from semcse.packed import parts, sparse_gradients
+from semcse.packed import split_by_tokens
 from semcse.papers import Paper
 from semcse.types import Metric
 from settings import Loss, Settings
 
 log = logging.getLogger(__name__)
 
+EMA_DECAY = 0.98  # weight of the past in the smoothed loss that the progress bar shows
+
+
+# The losses
+
+
+def triplet_loss(to_positive: Tensor, to_negatives: Tensor, margin: float) -> Tensor:
+    """Triplet hinge loss over all in-batch negatives.
+
+    For an anchor a, its positive p and a negative n, the loss is
+
+        max(0, d(a, p) - d(a, n) + margin)
+
+    and the result is its plain mean over all anchors and negatives, zeros included. The triplet
+    loss is the authors' (README, main.py); the choice of all in-batch negatives follows other
+    published code of the same group.
+
+    Args:
+        to_positive: (m,) distance of each anchor to its positive.
+        to_negatives: (m, k) distances of each anchor to its k negatives.
+        margin: Smallest difference without loss, in units of the distance.
+
+    Returns:
+        Scalar.
+    """
+    return functional.relu(to_positive[:, None] - to_negatives + margin).mean()
+
+
+def info_nce_loss(to_positive: Tensor, to_negatives: Tensor, temperature: float) -> Tensor:
+    """InfoNCE loss (van den Oord et al. 2018) with in-batch negatives.
+
+    For an anchor a, its positive p and negatives n, the loss is
+
+        -log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over n of exp(-d(a, n) / t)) )
+
+    and the result is its mean over all anchors. With the cosine distance 1 - cos this is the usual
+    InfoNCE on cosine similarities, because the constant 1 cancels.
+
+    Args:
+        to_positive: (m,) distance of each anchor to its positive.
+        to_negatives: (m, k) distances of each anchor to its k negatives.
+        temperature: The t above, in units of the distance.
+
+    Returns:
+        Scalar.
+    """
+    logits = torch.cat([to_positive[:, None], to_negatives], dim=1) / -temperature
+    positive_column = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return functional.cross_entropy(logits, positive_column)
+
 
 @dataclass(frozen=True)
-class LossValues:
-    """A batch's loss (scalar with gradient) and what the log shows of it (floats without)."""
+class BatchLoss:
+    """The loss of one batch (a scalar tensor with gradient) and figures for the log."""
 
     loss: Tensor
-    positive_distance: float
-    negative_distance: float
-    # triplet: share of hinges above zero; InfoNCE: share of anchors whose positive is not the
-    # nearest text
+    positive_distance: float  # mean over the anchors
+    negative_distance: float  # mean over the anchors and negatives
+    # triplet: share of hinges above zero; InfoNCE: share of anchors with a negative at least as
+    # close as the positive
     active_share: float
 
 
@@ -65,86 +120,81 @@ def contrastive_loss(
     loss: Loss,
     margin: float,
     temperature: float,
-) -> LossValues:
-    """The batch's loss over all 2n texts, both texts of a pair as anchors. anchors, positives: (n,
-    d), n >= 2.
+) -> BatchLoss:
+    """Compute the loss of a batch of n pairs. Both texts of a pair serve as anchors.
 
-    `margin` is in units of the metric's distance and used by "triplet"; `temperature` likewise and
-    used by "infonce".
+    Each of the 2n texts is an anchor once: its positive is the other text of its pair, its
+    negatives are the 2n - 2 texts of the other pairs.
+
+    Args:
+        anchors: (n, d) vectors, n >= 2.
+        positives: (n, d) vectors; row i belongs to the same paper as row i of `anchors`.
+        metric: The distance.
+        loss: "triplet", which uses `margin`, or "infonce", which uses `temperature`.
+        margin: See `triplet_loss`.
+        temperature: See `info_nce_loss`.
     """
-    texts = torch.cat([anchors, positives])
     n = len(anchors)
-    all_distances = distances(texts, texts, metric)
-    rows = torch.arange(2 * n, device=texts.device)
-    to_positive = all_distances[rows, (rows + n) % (2 * n)]
-    is_negative = (rows[:, None] - rows[None, :]) % n != 0  # another paper's text
+    texts = torch.cat([anchors, positives])
+    all_distances = distances(texts, texts, metric)  # (2n, 2n)
+    row = torch.arange(2 * n, device=texts.device)
+    to_positive = all_distances[row, (row + n) % (2 * n)]  # (2n,)
+    is_negative = (row[:, None] - row[None, :]) % n != 0  # texts of other papers
+    to_negatives = all_distances[is_negative].view(2 * n, 2 * n - 2)
     if loss == "triplet":
-        value, active = _triplet(all_distances, to_positive, is_negative, margin)
+        value = triplet_loss(to_positive, to_negatives, margin)
+        active = to_positive[:, None] - to_negatives + margin > 0
     else:
-        value, active = _info_nce(all_distances, to_positive, is_negative, temperature)
-    with torch.no_grad():
-        return LossValues(
-            value,
-            to_positive.mean().item(),
-            all_distances[is_negative].mean().item(),
-            active.item(),
-        )
-
-
-def _triplet(
-    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, margin: float
-) -> tuple[Tensor, Tensor]:
-    """max(0, d(a, p) - d(a, n) + margin), plain mean over every (anchor, in-batch negative), zeros
-    included [METHOD: analogue].
-    """
-    hinges = functional.relu(to_positive[:, None] - all_distances + margin)[is_negative]
-    return hinges.mean(), (hinges > 0).float().mean()
-
-
-def _info_nce(
-    all_distances: Tensor, to_positive: Tensor, is_negative: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """-log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over negatives exp(-d(a, n) / t)) ), mean
-    over the 2n anchors.
-
-    With the cosine distance this is the usual InfoNCE on cosine similarity: the constant 1 in 1 -
-    cos cancels.
-    """
-    logits = (-all_distances / temperature).masked_fill(~is_negative, -torch.inf)
-    positive = -to_positive / temperature
-    everything = torch.logsumexp(torch.cat([positive[:, None], logits], dim=1), dim=1)
-    return (everything - positive).mean(), (logits.amax(dim=1) >= positive).float().mean()
-
-
-def spread(vectors: Tensor) -> float:
-    """Root mean squared distance to the mean vector over the root mean square length, in [0, 1]:
-    near 0 means the embeddings have collapsed.
-    """
-    vectors = vectors.detach().float()
-    centred = vectors - vectors.mean(dim=0)
-    return (
-        (
-            centred.square().sum(dim=1).mean()
-            / vectors.square().sum(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        .sqrt()
-        .item()
+        value = info_nce_loss(to_positive, to_negatives, temperature)
+        active = to_negatives.amin(dim=1) <= to_positive
+    return BatchLoss(
+        value,
+        to_positive.mean().item(),
+        to_negatives.mean().item(),
+        active.float().mean().item(),
     )
 
 
-EMA = 0.98  # weight of the past in the smoothed loss
+def relative_std(vectors: Tensor) -> float:
+    """Measure whether embeddings have collapsed to one point.
+
+    Args:
+        vectors: (n, d) embeddings.
+
+    Returns:
+        Root mean squared distance to the mean vector, divided by the root mean squared length: in
+        [0, 1], near 0 for a collapsed encoder.
+    """
+    vectors = vectors.detach().float()
+    variance = (vectors - vectors.mean(dim=0)).square().sum(dim=1).mean()
+    squared_length = vectors.square().sum(dim=1).mean()
+    return (variance / squared_length.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().item()
+
+
+# The training loop
 
 
 @dataclass
 class Progress:
-    """Where a run stands; stored in every checkpoint."""
+    """How far a run is; part of every checkpoint."""
 
     step: int = 0
-    loss_ema: float | None = None
+    loss_ema: float | None = None  # exponential moving average of the training loss
     best_step: int = 0
-    best_rank: float = math.inf  # validation: mean rank of the partner summary
-    best_loss: float = math.inf  # validation loss, which decides between equal ranks
+    best_rank: float = math.inf  # best mean rank in validation
+    best_loss: float = math.inf  # the validation loss that belongs to it
     validations_since_best: int = 0
+
+    def record_validation(self, rank: float, loss: float) -> bool:
+        """Record a validation, and return whether it is the best so far.
+
+        The lower mean rank is better; between equal ranks the lower loss decides.
+        """
+        better = (rank, loss) < (self.best_rank, self.best_loss)
+        if better:
+            self.best_step, self.best_rank, self.best_loss = self.step, rank, loss
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        return better
 
 
 def train(
@@ -153,42 +203,44 @@ def train(
     held_out: list[Paper],
     settings: Settings,
     folder: Path,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Progress:
-    """Train `encoder` in place; afterwards it holds the weights of the best validation (averaged
-    with the starting ones, if `start_share` says so).
+    """Train `encoder` in place. At the end it holds the weights of the best validation.
 
     Args:
-        encoder: the model to train, used as its `usage` says.
-        papers: to draw pairs from, each with at least two summaries.
-        held_out: for validation.
-        settings: see settings.py; `complete`.
-        folder: the run folder; gets metrics.jsonl and checkpoints/, and an unfinished run in it is
+        encoder: The model to train, used as its `usage` says.
+        papers: Training papers with at least two summaries each.
+        held_out: Validation papers with at least two summaries each.
+        settings: Complete settings (see `settings.complete`).
+        folder: The run folder, for metrics.jsonl and checkpoints/. An unfinished run in it is
             continued.
-        group: the processes that train together, each of which calls this. Only the first one's
-            folder is used, and only its encoder is the result.
+        group: The processes that train together; each of them calls this function. Only rank 0
+            writes to its folder, and only the encoder of rank 0 is the result.
+
+    Returns:
+        The progress at the end.
 
     Raises:
-        RunError: the loss is not finite, memory is short, or another process has ended; checkpoints
-            so far are kept.
-        KeyboardInterrupt, files.Terminated: after a checkpoint of the last whole step was written.
+        RunError: The loss is not finite, memory is short, or another process has ended. The
+            checkpoints written so far are kept.
+        KeyboardInterrupt, errors.Terminated: A signal arrived. A checkpoint was written before.
     """
-    trainer = _Trainer(encoder, papers, held_out, settings, folder, group)
-    with StopSignal(patient=group.size > 1) as stop, trainer.continued():
+    trainer = Trainer(encoder, papers, held_out, settings, folder, group)
+    with StopSignal(patient=group.size > 1) as stop, trainer.resume():
         trainer.run(stop)
         if stop.received is not None and trainer.progress.step:
-            trainer.save()
+            trainer.save_checkpoint()
         group.leave()
         if stop.received is not None:
             log.info("stopped at step %d; --resume continues there", trainer.progress.step)
             stop.raise_received()
     if group.rank == 0:
-        trainer.use_best()
+        trainer.use_best_weights()
     return trainer.progress
 
 
-class _Trainer:
-    """The model, its optimizer and the run's progress."""
+class Trainer:
+    """An encoder in training with its optimizer, its progress and the best weights so far."""
 
     def __init__(
         self,
@@ -197,48 +249,37 @@ class _Trainer:
         held_out: list[Paper],
         settings: Settings,
         folder: Path,
-        group: Group,
+        group: ProcessGroup,
     ) -> None:
         self.encoder, self.papers, self.settings, self.group = encoder, papers, settings, group
         self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
-        self.metrics: Any = []  # of the first process: its Journal
+        self.metrics: Any = []  # the open journal of rank 0
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}  # weights of the best validation, on the CPU
-        draw = np.random.default_rng([settings.seed, len(held_out)])
-        pairs = [draw.choice(len(paper.summaries), size=2, replace=False) for paper in held_out]
-        self.validation = [
-            [paper.summaries[pair[side]] for paper, pair in zip(held_out, pairs, strict=True)]
-            for side in (0, 1)
-        ]
-        self.named = dict(encoder.model.named_parameters())
-        self.start = (
-            {name: value.detach().cpu().clone() for name, value in self.named.items()}
-            if settings.start_share
-            else {}
-        )
+        self.validation = draw_validation_pairs(held_out, settings.seed)
+        self.parameters = dict(encoder.model.named_parameters())
+        self.start_weights = self._copy_weights() if settings.start_share else {}
+        self.best_weights: dict[str, Tensor] = {}  # of the best validation, on the CPU
         self.optimizer = torch.optim.AdamW(
-            self.named.values(),
+            self.parameters.values(),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True,
         )
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
-        torch.manual_seed(settings.seed + group.rank)  # each process has its own dropout
-        epoch = steps_per_epoch(papers, settings.batch_size)
+        torch.manual_seed(settings.seed + group.rank)  # dropout differs between processes
         log.info(
             "training on %s in %s, %d steps an epoch",
             encoder.device,
             "bf16 autocast" if self.bf16 else "float32",
-            epoch,
+            steps_per_epoch(papers, settings.batch_size),
         )
 
     def run(self, stop: StopSignal) -> None:
-        """Steps until max_steps, the end of patience, or a stop signal."""
-        settings = self.settings
-        meter = _Meter()
+        """Train until max_steps, until patience runs out, or until a signal arrives."""
+        settings, throughput = self.settings, Throughput()
         if self.progress.step == 0:
-            self._validate()
+            self.validate()
         bar = tqdm(
             total=settings.max_steps,
             initial=self.progress.step,
@@ -247,196 +288,211 @@ class _Trainer:
             disable=self.group.rank > 0,
         )
         with logging_redirect_tqdm(), bar:
-            while self._goes_on(stop):
-                with errors.memory_named(
-                    "--texts-at-once (0 is all), --batch-size or --train-max-length"
-                ):
-                    values, row = self._step(meter)
+            while self._continues(stop):
+                row = self.train_step(throughput)
+                loss, rank = self.progress.loss_ema, self.progress.best_rank
+                bar.set_postfix(loss=f"{loss:.4f}", rank=f"{rank:.3f}", refresh=False)
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{self.progress.loss_ema:.4f}",
-                    rank=f"{self.progress.best_rank:.3f}",
-                    refresh=False,
-                )
-                last = self.progress.step == settings.max_steps
-                if last or self.progress.step % settings.log_every == 0:
-                    self.metrics.append(self._row(values, row) | meter.read())
-                if last or self.progress.step % settings.validate_every == 0:
-                    with meter.paused():
-                        self._validate()
-                if last or self.progress.step % settings.checkpoint_every == 0:
-                    with meter.paused():
-                        self.save()
+                if self._is_due(settings.log_every):
+                    self.metrics.append(row | throughput.row())
+                    throughput = Throughput()
+                if self._is_due(settings.validate_every):
+                    self.validate()
+                if self._is_due(settings.checkpoint_every):
+                    self.save_checkpoint()
         if self.progress.validations_since_best >= settings.patience:
             log.info(
-                "stopped early at step %d: %d validations without a better one",
+                "stopped early at step %d: %d validations without a better result",
                 self.progress.step,
                 settings.patience,
             )
 
-    def _goes_on(self, stop: StopSignal) -> bool:
-        """Whether another step follows, as all processes agree: where the first one stands, and
-        whether any was told to stop.
+    def _continues(self, stop: StopSignal) -> bool:
+        """Decide together with the other processes whether another step follows.
+
+        All of them stop if one has received a signal, and take over the progress of rank 0.
         """
-        states = self.group.each((stop.received or 0, self.progress))
-        stop.received, self.progress = max(signum for signum, _ in states) or None, states[0][1]
+        states = self.group.all_gather_object((stop.received or 0, self.progress))
+        stop.received = max(signal for signal, _ in states) or None
+        self.progress = states[0][1]
         return (
             stop.received is None
             and self.progress.step < self.settings.max_steps
             and self.progress.validations_since_best < self.settings.patience
         )
 
-    def _step(self, meter: _Meter) -> tuple[LossValues, dict[str, float]]:
-        """One optimizer step on the pairs of step number `progress.step`."""
-        settings, progress = self.settings, self.progress
+    def _is_due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        step = self.progress.step
+        return step % interval == 0 or step == self.settings.max_steps
+
+    def train_step(self, throughput: Throughput) -> dict[str, Any]:
+        """Do one optimizer step and return its row for metrics.jsonl."""
+        settings, progress, started = self.settings, self.progress, time.perf_counter()
         pairs = batch_pairs(
             self.papers, settings.seed, progress.step, settings.batch_size, settings.joined_share
         )
-        ids = self.encoder.tokenize(
-            [anchor for anchor, _ in pairs] + [positive for _, positive in pairs], self.max_length
-        )
+        texts = [anchor for anchor, _ in pairs] + [positive for _, positive in pairs]
+        token_ids = self.encoder.tokenize(texts, self.max_length)
         self.encoder.model.train()
-        values, vectors = self._backward(self.group.own(ids), len(ids))
-        self.group.sum_gradients(self.named.values())
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.named.values(), settings.clip_norm or math.inf
+        with memory_named("--texts-at-once (0 is all), --batch-size or --train-max-length"):
+            batch_loss, vectors = self.backward(token_ids)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), settings.clip_norm or math.inf
         ).item()
-        loss = values.loss.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunError(
-                f"step {progress.step + 1}: loss {loss}, gradient norm {norm}, not finite",
-                "start again in another --output-dir with a lower --learning-rate or --precision"
-                f" float32; checkpoints so far are in {self.checkpoints}",
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, progress.step)
+        loss = batch_loss.loss.item()
+        self._require_finite(loss, gradient_norm)
+        rate = learning_rate(settings, progress.step)
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.loss_ema = (
-            loss if progress.loss_ema is None else EMA * progress.loss_ema + (1 - EMA) * loss
-        )
-        meter.count(len(pairs), sum(map(len, ids)))
-        return values, {"grad_norm": norm, "spread": spread(vectors)}
-
-    def _backward(self, ids: Sequence[list[int]], total: int) -> tuple[LossValues, Tensor]:
-        """The loss over all `total` texts of the batch, of which this process embeds `ids`, its
-        gradients in the parameters, and all vectors.
-
-        With `texts_at_once` by gradient caching (Gao et al. 2021): of all parts but the first,
-        vectors without activations; the loss's gradient by vector; and part by part these vectors
-        again, now with activations, to carry that gradient on to the parameters. The second time
-        starts from the same random state, so that each text meets the same dropout. Parts are of
-        like length, which packs best; the first, whose activations are kept, is the longest.
-        """
-        places, device = parts(ids, self.settings.texts_at_once), self.encoder.device
-        texts = [[ids[i] for i in part] for part in places]
-        # brings each weight to bf16 once, here with gradient for the first part
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            first, state = self.encoder.forward(texts[0]).float(), random_state(device)
-            with torch.no_grad():
-                others = [self.encoder.forward(part).float() for part in texts[1:]]
-        order = torch.tensor([i for part in places for i in part], device=device)
-        own = torch.cat([first, *(other.requires_grad_() for other in others)])[order.argsort()]
-        vectors = self.group.gather(own, total)
-        values = self._loss(vectors[: total // 2], vectors[total // 2 :])
-        values.loss.backward()  # type: ignore[no-untyped-call]
-        if others:
-            set_random_state(device, state)
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
-            sparse_gradients(self.encoder.model),
-        ):
-            for part, other in zip(texts[1:], others, strict=True):
-                self.encoder.forward(part).float().backward(other.grad)  # type: ignore[no-untyped-call]
-        return values, vectors
-
-    def _loss(self, anchors: Tensor, positives: Tensor) -> LossValues:
-        s = self.settings
-        assert s.margin is not None
-        assert s.temperature is not None
-        return contrastive_loss(anchors, positives, s.metric, s.loss, s.margin, s.temperature)
-
-    def _row(self, values: LossValues, more: dict[str, float]) -> dict[str, Any]:
-        """One row of metrics.jsonl, without the rates."""
+        past = loss if progress.loss_ema is None else progress.loss_ema
+        progress.loss_ema = EMA_DECAY * past + (1 - EMA_DECAY) * loss
+        seconds = time.perf_counter() - started
+        throughput.add(len(pairs), sum(map(len, token_ids)), seconds)
         return {
-            "step": self.progress.step,
-            "loss": values.loss.item(),
-            "loss_ema": self.progress.loss_ema,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "positive_distance": values.positive_distance,
-            "negative_distance": values.negative_distance,
-            "active_share": values.active_share,
-            **more,
+            "step": progress.step,
+            "loss": loss,
+            "loss_ema": progress.loss_ema,
+            "learning_rate": rate,
+            "positive_distance": batch_loss.positive_distance,
+            "negative_distance": batch_loss.negative_distance,
+            "active_share": batch_loss.active_share,
+            "grad_norm": gradient_norm,
+            "relative_std": relative_std(vectors),
         }
 
-    def _validate(self) -> None:
-        """Rank each held-out paper's partner summary among the others', in both directions; keep
-        the weights if that is the best so far.
+    def backward(self, token_ids: Sequence[list[int]]) -> tuple[BatchLoss, Tensor]:
+        """Compute the loss of a batch and add its gradients to the parameters.
+
+        If `texts_at_once` limits the activations in memory, this is gradient caching (Gao et al.
+        2021). It gives the same gradients in three passes: embed all texts without activations;
+        compute the gradient of the loss with respect to each vector; embed the texts again, part by
+        part with activations, and continue the backward pass from those gradients. The second
+        embedding restores the random state, so that each text meets the same dropout.
+
+        Args:
+            token_ids: Token ids of all 2n texts: n anchors, then their n positives.
+
+        Returns:
+            The loss, and the (2n, d) vectors of all texts.
         """
-        if self.group.rank:
-            return
-        progress = self.progress
-        try:
-            anchors, partners = (self.encoder.embed(texts).vectors for texts in self.validation)
-        except RunError as error:
-            if error.what.startswith("out of memory"):
-                raise
+        device, total = self.encoder.device, len(token_ids)
+        share = self.group.local_share(token_ids)  # the texts that this process embeds
+        texts_at_once = self.settings.texts_at_once or len(share)
+        parts = split_by_tokens(share, texts_at_once * max(map(len, share)))
+        batches = [[share[i] for i in part] for part in parts]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            # The activations of the first part are kept: it needs no second embedding.
+            first, state = self.encoder.forward(batches[0]).float(), random_state(device)
+            with torch.no_grad():
+                others = [self.encoder.forward(batch).float() for batch in batches[1:]]
+        original = torch.tensor([i for part in parts for i in part], device=device).argsort()
+        embedded = torch.cat([first, *(other.requires_grad_() for other in others)])[original]
+        vectors = self.group.gather(embedded, total)  # (2n, d)
+        batch_loss = self._loss(vectors[: total // 2], vectors[total // 2 :])
+        batch_loss.loss.backward()  # type: ignore[no-untyped-call]
+        if others:
+            set_random_state(device, state)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            for batch, other in zip(batches[1:], others, strict=True):
+                again: Any = self.encoder.forward(batch).float()
+                again.backward(other.grad)
+        self.group.sum_gradients(self.parameters.values())
+        return batch_loss, vectors
+
+    def _loss(self, anchors: Tensor, positives: Tensor) -> BatchLoss:
+        settings = self.settings
+        assert settings.margin is not None
+        assert settings.temperature is not None
+        return contrastive_loss(
+            anchors,
+            positives,
+            settings.metric,
+            settings.loss,
+            settings.margin,
+            settings.temperature,
+        )
+
+    def _require_finite(self, loss: float, gradient_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise RunError(
-                f"step {progress.step}: {error.what}",
-                "start again in another --output-dir with a lower --learning-rate; checkpoints so"
-                f" far are in {self.checkpoints}",
-            ) from None
-        both = torch.cat(
-            [
-                ranks(anchors, partners, self.settings.metric),
-                ranks(partners, anchors, self.settings.metric),
-            ]
-        )
-        rank, loss = both.mean().item(), self._loss(anchors, partners).loss.item()
-        better = (rank, loss) < (progress.best_rank, progress.best_loss)
+                f"step {self.progress.step + 1}: the loss ({loss}) or the gradient norm"
+                f" ({gradient_norm}) is not finite",
+                "start again in another --output-dir with a lower --learning-rate or with"
+                f" --precision float32; the checkpoints so far are in {self.checkpoints}",
+            )
+
+    def validate(self) -> None:
+        """Compute the mean rank of partner summaries, and keep the weights if it is the best.
+
+        Each held-out paper has two summaries, a and b. Every a ranks all b by distance, and every b
+        all a; the mean rank is that of the partner from the same paper. Only rank 0 validates.
+        """
+        if self.group.rank > 0:
+            return
+        metric = self.settings.metric
+        first, second = (self.encoder.embed(texts).vectors for texts in self.validation)
+        both = torch.cat([ranks(first, second, metric), ranks(second, first, metric)])
+        rank, loss = both.mean().item(), self._loss(first, second).loss.item()
+        better = self.progress.record_validation(rank, loss)
         if better:
-            progress.best_step, progress.best_rank, progress.best_loss = progress.step, rank, loss
-            self.best = {
-                name: value.detach().to("cpu", copy=True) for name, value in self.named.items()
-            }
-        progress.validations_since_best = 0 if better else progress.validations_since_best + 1
-        self.metrics.append(
-            {
-                "step": progress.step,
-                "validation_rank": rank,
-                "validation_loss": loss,
-                "validation_pool": len(anchors),
-                "best": better,
-            }
-        )
+            self.best_weights = self._copy_weights()
+        step = self.progress.step
+        row = {"step": step, "validation_rank": rank, "validation_loss": loss}
+        self.metrics.append(row | {"validation_pool": len(first), "best": better})
         log.info(
             "step %d: validation mean rank %.3f of %d, loss %.4f%s",
-            progress.step,
+            step,
             rank,
-            len(anchors),
+            len(first),
             loss,
             " (best)" if better else "",
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of the whole state: weights, optimizer, random state of each process,
-        best weights so far, progress.
+    def _copy_weights(self) -> dict[str, Tensor]:
+        """Copy the current weights to the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+
+    def use_best_weights(self) -> None:
+        """Load the weights of the best validation, averaged with the starting weights.
+
+        The share of the starting weights is `start_share`, 0 by default.
         """
-        states = self.group.each(random_state(self.encoder.device))
-        if self.group.rank:
+        weights, share = self.best_weights, self.settings.start_share
+        if share:
+            start = self.start_weights
+            weights = {name: w.lerp(start[name], share) for name, w in weights.items()}
+        self._load_weights(weights)
+        log.info(
+            "best validation at step %d (0 is the start of training): mean rank %.3f",
+            self.progress.best_step,
+            self.progress.best_rank,
+        )
+
+    # Checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write weights, optimizer state, random states, best weights and progress."""
+        random_states = self.group.all_gather_object(random_state(self.encoder.device))
+        if self.group.rank > 0:
             return
-        tensors = {f"model/{name}": value for name, value in self.named.items()} | {
-            f"best/{name}": value for name, value in self.best.items()
+        tensors: dict[str, Tensor] = {
+            f"model/{name}": value for name, value in self.parameters.items()
         }
+        tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items()}
-        tensors |= {
-            f"random/{kind}/{rank}": state
-            for rank, pair in enumerate(states)
-            for kind, state in pair.items()
-        }
-        self.metrics.sync()  # a checkpoint's rows are on the disk before it
+        for rank, states in enumerate(random_states):
+            tensors |= {f"random/{kind}/{rank}": state for kind, state in states.items()}
+        self.metrics.sync()  # the rows up to a checkpoint must be on disk before it
         checkpoints.write(
             self.checkpoints,
             self.progress.step,
@@ -446,124 +502,104 @@ class _Trainer:
         )
 
     @contextlib.contextmanager
-    def continued(self) -> Iterator[None]:
-        """Continue from the newest whole checkpoint, or from the start without one; the first
-        process has the metrics journal open meanwhile.
-        """
+    def resume(self) -> Iterator[None]:
+        """Load the newest intact checkpoint, if any, and keep the metrics journal open."""
         begun = self.group.rank == 0 and self.journal.exists()
-        found = self.group.each(
-            checkpoints.newest(self.checkpoints) if begun else None, first_only=True
-        )[0]
-        if found:
-            self._load(*found)
+        newest = checkpoints.newest(self.checkpoints) if begun else None
+        newest = self.group.broadcast_object(newest)
+        if newest:
+            self._load_checkpoint(*newest)
         done = self.progress.step
         if begun:
             log.info("resumed from step %d", done)
-        if self.group.rank:
+        if self.group.rank > 0:
             yield
-        else:
-            with contextlib.closing(
-                Journal(self.journal, keep=lambda row: 0 < done >= row["step"])
-            ) as self.metrics:
-                yield
+            return
+        journal = Journal(self.journal, keep=lambda row: 0 < done >= row["step"])
+        with contextlib.closing(journal) as self.metrics:
+            yield
 
-    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        states: dict[int, dict[str, Tensor]] = {}
+    def _load_checkpoint(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, number, name = key.split("/")
-                states.setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict(
-            {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
-        self._load_weights({name: tensors[f"model/{name}"] for name in self.named})
-        self.best = {name: tensors[f"best/{name}"] for name in self.named}
-        kinds = random_state(self.encoder.device)
-        set_random_state(
-            self.encoder.device,
-            {kind: tensors[f"random/{kind}/{self.group.rank}"] for kind in kinds},
-        )
-        self.progress = Progress(**state)
-
-    def use_best(self) -> None:
-        """Put the best validation's weights into the model, averaged with those it started from as
-        `start_share` says.
-        """
-        share = self.settings.start_share
-        self._load_weights(
-            {
-                name: torch.lerp(value, self.start[name], share) if share else value
-                for name, value in self.best.items()
-            }
-        )
-        log.info(
-            "best validation at step %d (0: the encoder that training began with): mean rank %.3f",
-            self.progress.best_step,
-            self.progress.best_rank,
-        )
-
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(weights[name])
+                optimizer_state.setdefault(int(number), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        self._load_weights({name: tensors[f"model/{name}"] for name in self.parameters})
+        self.best_weights = {name: tensors[f"best/{name}"] for name in self.parameters}
+        device, rank = self.encoder.device, self.group.rank
+        kinds = random_state(device)
+        set_random_state(device, {kind: tensors[f"random/{kind}/{rank}"] for kind in kinds})
+        self.progress = Progress(**progress)
 
 
-class _Meter:
-    """Rates since the last reading."""
+def draw_validation_pairs(held_out: list[Paper], seed: int) -> tuple[list[str], list[str]]:
+    """Draw two different summaries of each held-out paper.
 
-    def __init__(self) -> None:
-        self._reset()
+    Returns:
+        The first and the second summaries; those at the same place belong to the same paper.
+    """
+    draw = np.random.default_rng([seed, len(held_out)])
+    first, second = [], []
+    for paper in held_out:
+        i, j = draw.choice(len(paper.summaries), size=2, replace=False)
+        first.append(paper.summaries[i])
+        second.append(paper.summaries[j])
+    return first, second
 
-    def _reset(self) -> None:
-        self.started, self.pairs, self.tokens = time.perf_counter(), 0, 0
 
-    def count(self, pairs: int, tokens: int) -> None:
-        self.pairs += pairs
-        self.tokens += tokens
+def learning_rate(settings: Settings, step: int) -> float:
+    """Learning rate of a step, counted from 0.
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in the block does not count."""
-        before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        row = {
-            "pairs_per_second": round(self.pairs / seconds, 2),
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-        self._reset()
-        return row
+    It rises linearly during `warmup_steps`. Afterwards it is constant, or with `decay` falls
+    linearly to 0 at `max_steps`.
+    """
+    rise = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    fall = 1 - step / settings.max_steps if settings.decay else 1.0
+    return settings.learning_rate * rise * fall
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Torch's random state on the CPU, and on `device` if it is a GPU."""
-    return {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    )
+    """Torch's random state on the CPU, and on `device` if that is a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Put back what `random_state` gave."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+@dataclass
+class Throughput:
+    """Pairs and tokens trained on since the last row of metrics.jsonl, and the seconds it took."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, pairs: int, tokens: int, seconds: float) -> None:
+        """Count one training step."""
+        self.pairs += pairs
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def row(self) -> dict[str, float]:
+        """The rates and the peak memory, as metrics.jsonl records them."""
+        return {
+            "pairs_per_second": round(self.pairs / self.seconds, 2),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+
+
 def peak_memory_mib() -> float:
-    """Most memory this process has held: of the GPU where one is in use, else of the machine."""
+    """Largest memory that this process has used: of the GPU if it uses one, else of the machine."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Learning rate of step number `step` (from 0): linear warm-up over `warmup_steps`, then
-    constant, or falling linearly to 0 at `max_steps`.
-    """
-    fall = 1 - step / settings.max_steps if settings.decay else 1.0
-    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps)) * fall

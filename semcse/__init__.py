@@ -1,9 +1,14 @@
-"""The machinery that several scripts share. `from semcse import load_model` loads any model.
+"""The shared machinery of the scripts. In a notebook: `from semcse import load_model`.
 
-Nothing is imported before it is used, so that `import semcse` takes no time.
+`import semcse` takes no time, because `load_model` is imported when it is first used.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from semcse.models import load_model
+
+__all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -12,3 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     raise AttributeError(f"module 'semcse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,24 +1,25 @@
-"""TODO: say what this file is for: semcse.adapters."""
+"""Adapters: the bottleneck adapters of the `adapters` library, and Jina v3's own LoRA adapters."""
 
 from __future__ import annotations
 
-import logging
 import re
+import textwrap
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import get_activation
+from transformers.activations import ACT2FN
 
+from semcse import files
 from semcse.encoder import Encoder
 from semcse.errors import UserError
-from semcse.model_folder import brief, hub_folder, json_or_empty
 
-log = logging.getLogger(__name__)
-
-# Where a bottleneck adapter stands in each layer and how it is wired: the adapters library's
-# "seq_bn" ("pfeiffer" before), the only kind computed here.
+# The files of a published adapter.
+ADAPTER_FILES = ["adapter_config.json", "pytorch_adapter.bin"]
+# Where the adapters library puts a "seq_bn" adapter ("pfeiffer" in older versions) in a layer, and
+# how it connects it. This is the only kind of adapter that the code below can compute.
 SEQ_BN = {
     "output_adapter": True,
     "mh_adapter": False,
@@ -40,8 +41,9 @@ ADAPTER_KEY = re.compile(
 
 
 class AdaptedNorm(nn.Module):
-    """The LayerNorm that ends a layer, with a bottleneck adapter before it: s -> norm(s +
-    bottleneck(norm(s))), s being feed-forward plus residual.
+    """The last LayerNorm of a layer with a bottleneck adapter in front of it.
+
+    It computes norm(s + bottleneck(norm(s))), where s is the feed-forward output plus the residual.
     """
 
     def __init__(self, norm: nn.LayerNorm, bottleneck: nn.Module) -> None:
@@ -53,87 +55,72 @@ class AdaptedNorm(nn.Module):
         return cast(Tensor, self.norm(total + self.bottleneck(self.norm(total))))
 
 
-def add_adapter(encoder: Encoder, name: str, revision: str = "main") -> None:
-    """Put a bottleneck adapter that the `adapters` library saved into the layers of a BERT-like
-    encoder, which it changes.
+def add_adapter(encoder: Encoder, folder: Path) -> None:
+    """Put a bottleneck adapter that the `adapters` library saved into the layers of an encoder.
 
     Args:
-        encoder: the model that the adapter was trained on.
-        name: folder or Hub id that holds adapter_config.json and pytorch_adapter.bin.
-        revision: branch, tag or full commit hash, of adapters from the Hub.
+        encoder: the BERT-like model that the adapter was trained on; it is changed in place.
+        folder: holds the ADAPTER_FILES.
 
     Raises:
-        UserError: it cannot be found or read, is of another kind than SEQ_BN, or does not fit the
+        UserError: the adapter cannot be read, is of another kind than SEQ_BN, or does not fit the
             model.
     """
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else hub_folder(name, ["adapter_config.json", "pytorch_adapter.bin"], revision)
-    )
-    found = json_or_empty(folder / "adapter_config.json").get("config")
-    config: dict[str, Any] = found if isinstance(found, dict) else {"output_adapter": None}
-    if other := [
-        f"{key} is {config[key]}"
-        for key, value in SEQ_BN.items()
-        if config.get(key, value) != value
-    ]:
-        raise UserError(
-            f"{folder / 'adapter_config.json'}: {other[0]}",
-            "only bottleneck adapters of the kind seq_bn can be used here",
-        )
-    activation: Any = get_activation  # untyped
     try:
-        weights = torch.load(folder / "pytorch_adapter.bin", map_location="cpu", weights_only=True)
-        bottlenecks = _adapter_layers(weights)
+        config = dict(files.read_json(folder / ADAPTER_FILES[0])["config"])
+        weights = torch.load(folder / ADAPTER_FILES[1], map_location="cpu", weights_only=True)
+        states = _states_by_layer(config, weights)
         layers: Any = encoder.model.encoder.layer  # type: ignore[union-attr]
-        if set(bottlenecks) != set(range(len(layers))) - set(config.get("leave_out") or ()):
-            raise ValueError(f"has adapters for {len(bottlenecks)} layers")
-        for number, own in bottlenecks.items():
+        if set(states) != set(range(len(layers))) - set(config.get("leave_out") or ()):
+            raise ValueError(f"it has weights for {len(states)} layers")
+        for number, state in states.items():
             norm = layers[number].output.LayerNorm
-            bottleneck = nn.Sequential(
-                nn.Linear(len(norm.weight), len(own["0.bias"])), activation(config["non_linearity"])
-            )
-            bottleneck.append(nn.Linear(len(own["0.bias"]), len(norm.weight))).load_state_dict(own)
+            size, narrow = len(norm.weight), len(state["0.bias"])
+            down, up = nn.Linear(size, narrow), nn.Linear(narrow, size)
+            bottleneck = nn.Sequential(down, ACT2FN[config["non_linearity"]], up)
+            bottleneck.load_state_dict(state)
             layers[number].output.LayerNorm = AdaptedNorm(norm, bottleneck.to(norm.weight.device))
-    # pickle's and torch's many kinds for bad files, KeyError, AttributeError and RuntimeError for
-    # what does not fit
+    # Bad files and files for another model raise errors of many types.
     except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise UserError(
-            f"adapter {name} cannot be put into {encoder.name} ({brief(error)})",
-            "check the files, and that it was made for this model",
+            f"adapter {folder} cannot be added to {encoder.name} ({reason})",
+            "check its files, and that it is a seq_bn adapter made for this model",
         ) from None
 
 
-def _adapter_layers(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Layer number -> state of its bottleneck (0: down, 2: up). Every key must be one of these."""
-    layers: dict[int, dict[str, Tensor]] = {}
+def _states_by_layer(
+    config: dict[str, Any], weights: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Layer number -> state dict of its bottleneck (module 0: down, module 2: up)."""
+    for key, value in SEQ_BN.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} is {config[key]}")
+    states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.items():
         if not (found := ADAPTER_KEY.fullmatch(key)):
-            raise ValueError(f"has {key}")
-        layers.setdefault(int(found[1]), {})[f"{0 if found[2] == 'down.0' else 2}.{found[3]}"] = (
-            tensor
-        )
-    return layers
+            raise ValueError(f"unknown weight {key}")
+        layer, part, kind = found.groups()
+        states[int(layer)][f"{0 if part == 'down.0' else 2}.{kind}"] = tensor
+    return states
 
 
 def select_task(encoder: Encoder, task: str) -> None:
-    """Switch on one of a model's own LoRA adapters for every text (Jina v3: its card's
-    `adapter_mask`). UserError: the model has no such task.
+    """Switch on one of a model's LoRA adapters for every text, as Jina v3's model card does.
+
+    Raises:
+        UserError: the model has no adapter for this task.
     """
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
         raise UserError(
             f"model {encoder.name} has no adapter for the task {task}",
-            "check that these are the model's own files",
+            "check that the folder holds the files that its authors published",
         )
 
-    def with_mask(
-        module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def add_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]
-        return args, kwargs | {
-            "adapter_mask": torch.full((len(ids),), number, dtype=torch.int32, device=ids.device)
-        }
+        mask = torch.full((len(ids),), number, dtype=torch.int32, device=ids.device)
+        return args, kwargs | {"adapter_mask": mask}
 
-    encoder.model.register_forward_pre_hook(with_mask, with_kwargs=True)
+    encoder.model.register_forward_pre_hook(add_mask, with_kwargs=True)

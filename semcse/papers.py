@@ -1,9 +1,8 @@
-"""Papers files, splits, summary pairs and batches: the only code that reads the papers format
-(README, "Data format").
+"""Reads papers files, the JSON Lines format that all scripts share (README, Data format).
 
-A papers file is JSONL, UTF-8, optionally gzipped, one object a line: `id` (unique), `title`,
-`abstract`, and optionally `summaries` (list of strings), `query`, `field`, `topic`, `source`
-(strings), `visits` (visits an epoch in training). Unknown keys are kept in `extra`.
+A papers file is JSONL in UTF-8, optionally gzipped, with one object per line: `id` (unique),
+`title`, `abstract`, and optionally `summaries` (a list of strings), `query`, `field`, `topic`,
+`source` (strings) and `visits` (how often an epoch draws the paper). Unknown keys are kept.
 """
 
 from __future__ import annotations
@@ -15,27 +14,28 @@ import logging
 import re
 import unicodedata
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from semcse.errors import UserError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
-# A line longer than this is no paper: 16 MiB are some three million words.
+# A longer line cannot be a paper: 16 MiB are about three million words.
 LONGEST_LINE = 16 * 2**20
-# characters; comparing texts takes time by the square of a word's combining marks
+# In characters. The time to normalise a word grows with the square of its combining marks.
 LONGEST_ID, LONGEST_WORD = 1_000, 5_000
 MOST_VISITS = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Paper:
-    """One paper; absent texts are empty. `summaries` holds texts that differ after normalisation
-    (see `normalise`); `visits` is its visits an epoch.
+    """One paper; absent texts are empty. The `summaries` differ from each other after `normalise`,
+    `visits` is how often an epoch draws the paper, and `extra` holds the unknown keys.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Paper:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
-        """The JSON object of this paper: absent keys are left out, unknown ones kept."""
+        """Returns the JSON object of this paper, without the keys that are empty."""
         row: dict[str, Any] = {key: getattr(self, key) for key in TEXT_KEYS if getattr(self, key)}
         if self.visits != 1:
             row["visits"] = self.visits
@@ -60,8 +60,8 @@ class Paper:
 
 
 def normalise(text: str) -> str:
-    """The form in which texts are compared for equality: NFKC, lower case, single spaces, no
-    closing full stop.
+    """Returns the form in which two texts are compared: Unicode NFKC, lower case, single spaces,
+    no full stop at the end.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 
@@ -69,222 +69,174 @@ def normalise(text: str) -> str:
 def read_papers(
     path: str | Path, need: Collection[str] = (), skip_invalid: bool = False
 ) -> Iterator[Paper]:
-    """Stream the papers of a file, plain or gzipped, each validated.
+    """Reads the papers of a file one at a time and validates each.
 
     Args:
-        path: the papers file.
-        need: keys besides `id` that every paper must have, non-blank ("summaries" for training,
-            "title" and "abstract" for the benchmark).
-        skip_invalid: leave bad lines out and log how many, instead of stopping at the first.
+        path: the papers file, plain or gzipped.
+        need: keys besides `id` that every paper must have and that must not be blank.
+        skip_invalid: leave out bad lines and log how many, instead of stopping at the first.
 
     Raises:
-        UserError: no such file, not a papers file, or (without skip_invalid) a bad line; names
-            file, line, key and mend.
+        UserError: the file cannot be read, holds no papers, or (without skip_invalid) has a bad
+            line. The message names the file, the line, the key and the fix.
     """
     seen: set[str] = set()
-    skipped, count = 0, 0
-    for number, line in raw_lines(path):
-        try:
-            paper = _parse(line, need)
-            if paper.id in seen:
-                raise _BadLine(
-                    f'id "{paper.id[:80]}" stands on an earlier line too',
-                    "give every paper its own id",
-                )
-        except _BadLine as bad:
-            if not skip_invalid:
-                raise UserError(
-                    f"{path}:{number}: {bad.what}",
-                    f"{bad.mend} (or leave bad lines out with --skip-invalid)",
-                ) from None
-            skipped += 1
-            continue
+
+    def parse(line: bytes) -> Paper:
+        paper = _parse_paper(line, need)
+        if paper.id in seen:
+            what = f'id "{paper.id[:80]}" is already on an earlier line'
+            raise _BadLine(what, "give each paper a unique id")
         seen.add(paper.id)
-        count += 1
+        return paper
+
+    for _, paper in _parsed_lines(path, parse, skip_invalid, "paper"):
         yield paper
-    if skipped:
-        log.warning("%s: left out %d bad lines, kept %d papers", path, skipped, count)
-    if not count:
-        raise UserError(
-            f"{path}: holds no papers",
-            "give a JSONL file with one paper a line (README, Data format)",
-        )
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text) of every non-blank line of a plain text file (see `raw_lines`),
-    without white space around it.
+    """Yields (1-based line number, stripped text) of each line of a text file that is not blank.
 
     Raises:
-        UserError: as `raw_lines`; without skip_invalid also a line that is not UTF-8; no line at
-            all.
+        UserError: as `read_papers`; a bad line is one that is not UTF-8.
     """
-    count, skipped = 0, 0
-    for number, line in raw_lines(path):
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            if not skip_invalid:
-                raise UserError(
-                    f"{path}:{number}: is not UTF-8",
-                    "save the file as UTF-8 (or leave bad lines out with --skip-invalid)",
-                ) from None
-            skipped += 1
-            continue
-        count += 1
-        yield number, text
-    if skipped:
-        log.warning("%s: left out %d bad lines, kept %d", path, skipped, count)
-    if not count:
-        raise UserError(f"{path}: holds no text", "give one text a line")
-
-
-class _BadLine(Exception):
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(what)
-        self.what, self.mend = what, mend
+    yield from _parsed_lines(path, lambda line: _decode(line).strip(), skip_invalid, "text")
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, raw line) of every non-blank line of a file, or of standard input for "-";
-    gzip is told by its first two bytes, not by the name.
+    """Yields (1-based line number, raw line) of each line that is not blank.
+
+    The path "-" means standard input. Gzip is detected from the first two bytes, not from the name.
 
     Raises:
-        UserError: no such file, damaged, or a line longer than LONGEST_LINE.
+        UserError: the file cannot be read, is a damaged gzip file, or has a line longer than
+            LONGEST_LINE.
     """
     try:
         with Path("/dev/stdin" if str(path) == "-" else path).open("rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # a pipe cannot be rewound
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # peek, because a pipe cannot be rewound
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
             number = 0
             while line := stream.readline(LONGEST_LINE):
                 number += 1
                 if len(line) == LONGEST_LINE:
-                    raise UserError(
-                        f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB",
-                        "give one paper a line",
-                    )
+                    what = f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB"
+                    raise UserError(what, "write one paper per line")
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file", "check the path and the folder you are in"
-        ) from None
+        raise UserError(f"{path}: no such file", "check the path and the current folder") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: damaged gzip file ({error})", "copy or compress it again"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(
-            f"{path}: is a folder", "name a papers file (README, Data format)"
-        ) from None
+        what = f"{path}: damaged gzip file ({error})"
+        raise UserError(what, "copy or compress the file again") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error})",
-            "check the path and its permissions",
-        ) from None
-
-
-def _parse(line: bytes, need: Collection[str]) -> Paper:
-    """One raw line -> Paper, or _BadLine."""
-    row = _json_object(line)
-    for key in TEXT_KEYS:
-        if not isinstance(row.get(key, ""), str):
-            raise _BadLine(
-                f'key "{key}" is {_kind(row[key])}', "make it a string, or leave the key out"
-            )
-    summaries = row.get("summaries", [])
-    if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
-        raise _BadLine('key "summaries" is not a list of strings', "make it one")
-    for key in ("id", *need):
-        if key not in row:
-            raise _BadLine(f'key "{key}" is missing', "add it")
-        texts = row[key] if isinstance(row[key], list) else [row[key]]
-        if not texts or not all(text.strip() for text in texts):
-            raise _BadLine(f'key "{key}" is blank', "fill it or drop the paper")
-    _check_sizes(row["id"], [row[key] for key in TEXT_KEYS if key in row] + summaries)
-    distinct: dict[str, str] = {}
-    for text in summaries:
-        if text.strip():
-            distinct.setdefault(normalise(text), text)
-    visits = row.get("visits", 1)
-    if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
-        raise _BadLine(
-            'key "visits" is not a whole number from 1 to 100', "mend it, or leave the key out"
-        )
-    extra = {
-        key: value for key, value in row.items() if key not in (*TEXT_KEYS, "summaries", "visits")
-    }
-    return Paper(
-        summaries=tuple(distinct.values()),
-        visits=visits,
-        extra=extra,
-        **{key: row[key] for key in TEXT_KEYS if key in row},
-    )
-
-
-def _check_sizes(identity: str, texts: list[str]) -> None:
-    if len(identity) > LONGEST_ID:
-        raise _BadLine(
-            f'key "id" has more than {LONGEST_ID} characters', "give the paper a shorter id"
-        )
-    for text in texts:
-        if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
-            raise _BadLine(
-                f"a text holds a word of more than {LONGEST_WORD} characters",
-                "mend that text or drop the paper",
-            )
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    if b"\x00" in line:
-        raise _BadLine("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
-    try:
-        text = line.decode("utf-8-sig")
-        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeDecodeError:
-        raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
-    except UnicodeEncodeError:
-        raise _BadLine("holds half a surrogate pair", "write the character whole") from None
-    except json.JSONDecodeError as error:
-        raise _BadLine(
-            f"is not JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise _BadLine(f"is not JSON ({error})", "write one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise _BadLine(f"is {_kind(row)}, not a JSON object", "write one JSON object a line")
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return row
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+        what = f"{path}: cannot be read ({error.strerror or error})"
+        raise UserError(what, "check the path and its permissions") from None
 
 
 def shard_slice(shard: str) -> slice:
-    """Which papers of a file, by their place in it, belong to shard "i/n" (counted from 1): "2/4"
-    -> slice(1, None, 4). UserError: it is not written so.
+    """Returns the slice of a file's papers that belongs to the shard "i/n": "2/4" gives
+    slice(1, None, 4). Raises a UserError if `shard` does not have this form.
     """
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
-        raise UserError(f"--shard {shard} is no shard", "give i/n with 1 <= i <= n, such as 2/4")
+        raise UserError(f"--shard {shard} is not a shard", "give i/n with 1 <= i <= n, such as 2/4")
     return slice(int(parts[1]) - 1, None, int(parts[2]))
+
+
+class _BadLine(Exception):
+    """The two arguments say what is wrong with a line and how to fix it."""
+
+
+def _parsed_lines(
+    path: str | Path, parse: Callable[[bytes], T], skip_invalid: bool, noun: str
+) -> Iterator[tuple[int, T]]:
+    """Yields (line number, parsed line); `parse` raises _BadLine. `noun` says what a line holds."""
+    kept, skipped = 0, 0
+    for number, line in raw_lines(path):
+        try:
+            value = parse(line)
+        except _BadLine as bad:
+            if not skip_invalid:
+                what, fix = bad.args
+                fix += " (or leave out bad lines with --skip-invalid)"
+                raise UserError(f"{path}:{number}: {what}", fix) from None
+            skipped += 1
+        else:
+            kept += 1
+            yield number, value
+    if skipped:
+        log.warning("%s: left out %d bad lines, kept %d %ss", path, skipped, kept, noun)
+    if not kept:
+        raise UserError(f"{path}: holds no {noun}s", f"give a file with one {noun} per line")
+
+
+def _parse_paper(line: bytes, need: Collection[str]) -> Paper:
+    row = _parse_object(line)
+    texts = {key: row[key] for key in TEXT_KEYS if key in row}
+    summaries, visits = row.get("summaries", []), row.get("visits", 1)
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise _BadLine(f'key "{key}" is not a string', "make it a string, or leave the key out")
+    if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
+        raise _BadLine('key "summaries" is not a list of strings', "make it a list of strings")
+    if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
+        what = f'key "visits" is not a whole number from 1 to {MOST_VISITS}'
+        raise _BadLine(what, "fix it, or leave the key out")
+    _check_needed(row, ("id", *need))
+    _check_sizes(texts["id"], [*texts.values(), *summaries])
+    distinct: dict[str, str] = {}
+    for text in filter(str.strip, summaries):
+        distinct.setdefault(normalise(text), text)
+    extra = {key: row[key] for key in row if key not in (*TEXT_KEYS, "summaries", "visits")}
+    return Paper(summaries=tuple(distinct.values()), visits=visits, extra=extra, **texts)
+
+
+def _check_needed(row: dict[str, Any], keys: Collection[str]) -> None:
+    for key in keys:
+        if key not in row:
+            raise _BadLine(f'key "{key}" is missing', "add it")
+        values = row[key] if isinstance(row[key], list) else [row[key]]
+        if not values or not all(value.strip() for value in values):
+            raise _BadLine(f'key "{key}" is blank', "fill it, or leave the paper out")
+
+
+def _check_sizes(paper_id: str, texts: list[str]) -> None:
+    if len(paper_id) > LONGEST_ID:
+        raise _BadLine(f'key "id" has more than {LONGEST_ID} characters', "give a shorter id")
+    for text in texts:
+        # The first comparison spares short texts the split.
+        if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
+            what = f"a text has a word of more than {LONGEST_WORD} characters"
+            raise _BadLine(what, "fix the text, or leave the paper out")
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    if b"\x00" in line:
+        raise _BadLine("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
+    try:
+        row = json.loads(_decode(line), object_pairs_hook=_refuse_duplicate_keys)
+        # Python reads NaN, infinity and halves of surrogate pairs, but other readers do not.
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise _BadLine("has half a surrogate pair", "write the whole character") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)  # without its line number, which is always 1
+        raise _BadLine(f"is not JSON ({reason})", "write one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise _BadLine("is not a JSON object", "write one JSON object per line")
+    return row
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return row

@@ -70,11 +70,8 @@ class RunFolder:
     def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool) -> None:
         """Start a run, or continue the unfinished one if `resume` is true.
 
-        Args:
-            settings: written to settings.json; a resumed run must have the same, except for those
-                in FREE_ON_RESUME.
-            facts: also written; a resumed run must have the same `facts["inputs"]`.
-            resume: whether to continue an unfinished run.
+        Both `settings` and `facts` are written to settings.json. A resumed run must have the same
+        settings, except for those in FREE_ON_RESUME, and the same `facts["inputs"]`.
 
         Raises:
             UserError: there is an unfinished run and `resume` is false, there is none and `resume`
@@ -96,7 +93,7 @@ class RunFolder:
             with atomic_path(self.path) as partial:
                 write_text(
                     partial / mark.name,
-                    "This run has not finished. Continue it with --resume, or delete this folder.\n",
+                    "This run is unfinished. Continue it with --resume, or delete this folder.\n",
                 )
                 write_json(partial / record.name, {"settings": settings, **facts})
 

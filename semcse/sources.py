@@ -1,176 +1,157 @@
-"""TODO: say what this file is for: semcse.sources."""
+"""Reads data sets of the Hub and files of many kinds as rows, for collect_papers.py.
+
+The parsing is done by `datasets` (Hub, CSV, JSON, parquet), `pybtex` (BibTeX) and `pylatexenc`
+(LaTeX).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import gzip
 import json
-import logging
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from semcse.errors import UserError
-from semcse.papers import LONGEST_WORD
-
-log = logging.getLogger(__name__)
+from semcse.papers import LONGEST_WORD, raw_lines
 
 FILE_KINDS = (".bib", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
-ACCENTS = dict(
-    zip(
-        "`'^\"~=.uvHckr",
-        "\u0300\u0301\u0302\u0308\u0303\u0304\u0307\u0306\u030c\u030b\u0327\u0328\u030a",
-        strict=True,
-    )
-)
 
 
 @contextlib.contextmanager
-def faults_as(kind: type[UserError], what: str, mend: str) -> Iterator[None]:
-    """One line for whatever datasets, huggingface_hub, fsspec, pyarrow or pandas raise: many kinds,
-    none of them a fault of ours.
-    """
+def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]:
+    """Turns whatever the libraries raise in the block into a one-line error of this `kind`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise kind(
-            f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", mend
-        ) from None
+        message = " ".join(str(error).split())[:200]
+        raise kind(f"{what} ({type(error).__name__}: {message})", fix) from None
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """One split of a data set as a stream, from a folder `name` (seen from here) if there is one,
-    else from the Hub.
+    """Opens one split of a data set as a `datasets.IterableDataset`, from a folder `name` if there
+    is one, else from the Hub.
 
-    Where a repository still has a loading script or does not describe its configs, the Hub's own
-    parquet conversion (refs/convert/parquet) is read.
+    If a repository still has a loading script, or does not describe its configs, the Hub's parquet
+    conversion (revision refs/convert/parquet) is read.
     """
     from datasets import load_dataset
 
-    with faults_as(
-        UserError,
-        f"data set {name} {config} {split} cannot be opened",
-        "check the name, --config, --split and the network",
-    ):
+    what = f"data set {name} {config} {split} cannot be opened"
+    with library_errors(UserError, what, "check the name, --config, --split and the network"):
+        load = functools.partial(load_dataset, name, split=split, streaming=True)
         try:
-            return load_dataset(name, config or None, split=split, streaming=True)
+            return load(config or None)
         except (ValueError, RuntimeError):
             with contextlib.suppress(Exception):
-                if config:  # without it all configs would come mixed
-                    return load_dataset(
-                        name,
-                        data_dir=config,
-                        split=split,
-                        revision="refs/convert/parquet",
-                        streaming=True,
-                    )
+                if config:  # without one, the conversion would mix all configs
+                    return load(data_dir=config, revision="refs/convert/parquet")
             raise
 
 
 def open_file(path: Path, columns: list[str]) -> Any:
+    """Opens a file of one of the FILE_KINDS, gzipped or not, as a `datasets.IterableDataset`.
+
+    The `columns` of a CSV or TSV table are read as text, whatever they look like.
+    """
     from datasets import IterableDataset, load_dataset
 
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind not in FILE_KINDS or not path.is_file():
-        raise UserError(
-            f"{path}: no such file, or not of a kind that can be read",
-            f"give a file named {' '.join(FILE_KINDS)}, gzipped or not",
-        )
+        what = f"{path}: no such file, or not of a kind that can be read"
+        raise UserError(what, f"give a file named {' '.join(FILE_KINDS)}, gzipped or not")
     if kind in (".bib", ".jsonl"):
-        return IterableDataset.from_generator(
-            read_bibtex if kind == ".bib" else read_json_lines, gen_kwargs={"path": path}
-        )
+        reader = read_bibtex if kind == ".bib" else read_json_lines
+        return IterableDataset.from_generator(reader, gen_kwargs={"path": path})
     options: dict[str, Any] = {}
-    # the separator is found by itself; cells such as NA and 007 stay as they are
     if kind in (".csv", ".tsv"):
-        options = {
-            "engine": "python",
-            "sep": None,
-            "na_filter": False,
-            "encoding": "utf-8-sig",
-            "converters": dict.fromkeys(filter(None, columns), str),
-        }
-    with faults_as(UserError, f"{path}: cannot be read", "mend the file"):
-        return load_dataset(
-            kind[1:].replace("tsv", "csv"),
-            data_files=glob.escape(str(path)),
-            split="train",
-            streaming=True,
-            **options,
-        )
-
-
-def _open_text(path: Path) -> TextIO:
-    return (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix.lower() == ".gz"
-        else path.open(encoding="utf-8-sig")
-    )
+        # sep=None detects the separator. The other options keep cells such as NA and 007 as text.
+        options = {"engine": "python", "sep": None, "na_filter": False, "encoding": "utf-8-sig"}
+        options["converters"] = dict.fromkeys(filter(None, columns), str)
+        kind = ".csv"
+    with library_errors(UserError, f"{path}: cannot be read", "fix the file"):
+        files = glob.escape(str(path))
+        return load_dataset(kind[1:], data_files=files, split="train", streaming=True, **options)
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file. (`datasets` refuses a key that first stands in a late line.)
-    UserError: a line that is no JSON object; names it.
-    """
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            with faults_as(
-                UserError, f"{path}:{number}: is not a JSON object", "write one object a line"
-            ):
-                row = dict(json.loads(line)) if line.strip() else None
-            if row is not None:
-                yield row
+    """Reads the rows of a JSONL file. (`datasets` refuses keys that appear in late lines only.)"""
+    for number, line in raw_lines(path):
+        what = f"{path}:{number}: is not a JSON object"
+        with library_errors(UserError, what, "write one object per line"):
+            row = dict(json.loads(line))
+        yield row
 
 
 def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
-    """The entries of a BibTeX file as rows: citation key as `id`, fields by lower-case name.
-    UserError: an entry that cannot be read; names its line.
+    """Reads the entries of a BibTeX file as rows: the citation key as `id`, and the fields by their
+    lower-case names, as plain text.
+
+    Raises:
+        UserError: an entry cannot be read; the message names the line on which it starts.
     """
-    inside = "[^{}]*"
-    for _ in range(6):  # braces may stand six deep
-        inside = rf"[^{{}}]*(?:\{{{inside}\}}[^{{}}]*)*"
-    entry = re.compile(rf"\s*([^\s,={{}}]*)\s*,({inside})\}}")
-    field = re.compile(
-        rf'([^\s,={{}}"#]+)\s*=\s*(?:\{{({inside})\}}|"((?:[^"{{}}]|\{{{inside}\}})*)")'
-    )
-    with _open_text(path) as handle:
+    from pybtex.database.input import bibtex
+    from pybtex.utils import CaseInsensitiveDict
+
+    open_text = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8-sig") as handle:
         text = handle.read()
-    for head in re.finditer(
-        r"^[ \t]*@(?!comment|preamble|string)\w+\s*\{", text, re.MULTILINE | re.IGNORECASE
-    ):
-        if not (body := entry.match(text, head.end())):
-            line = text.count("\n", 0, head.start()) + 1
-            raise UserError(
-                f"{path}:{line}: a BibTeX entry without a key or its closing brace",
-                "mend the entry",
-            )
-        yield {"id": body[1]} | {
-            name.lower(): plain_text(braced or quoted)
-            for name, braced, quoted in field.findall(body[2])
-        }
+
+    def handle_error(error: Exception) -> None:
+        # An undefined @string is an empty text. Any other @ outside of entries, as in an e-mail
+        # address, belongs to a comment.
+        start = parser.command_start
+        is_entry = re.compile(r"@\w+\s*[{(]").match(text, start)
+        if is_entry and not isinstance(error, bibtex.UndefinedMacro):
+            line = text.count("\n", 0, start) + 1
+            what = f"{path}:{line}: a BibTeX entry cannot be read ({error})"
+            raise UserError(what, "fix the entry") from None
+
+    macros = CaseInsensitiveDict(bibtex.month_names)
+    parser = bibtex.LowLevelParser(text, macros=macros, handle_error=handle_error)
+    for kind, content in parser:
+        if kind.lower() not in ("string", "preamble"):
+            key, fields = content
+            yield {"id": key} | {name.lower(): latex_to_text("".join(v)) for name, v in fields}
 
 
-def plain_text(latex: str) -> str:
-    r"""LaTeX accents become Unicode, braces and commands with an argument go and leave it, other
-    commands leave their name (`\alpha`, `\ss`).
+def latex_to_text(latex: str) -> str:
+    """Returns LaTeX as plain text: accents and symbols as Unicode, commands as their content.
+
+    Mathematics between dollar signs stays as it is.
     """
-    text = re.sub(
-        r"\\([`'^\"~=.]|[uvHckr](?=[\s{\\]))\s*\{?\\?([A-Za-z])\}?",
-        lambda found: unicodedata.normalize("NFC", found[2] + ACCENTS[found[1]]),
-        latex,
+    try:
+        # An unescaped percent sign would start a comment.
+        return str(_latex_converter().latex_to_text(re.sub(r"(?<!\\)%", r"\\%", latex)))
+    except Exception:  # pylatexenc fails in many ways if a command lacks its argument
+        return latex
+
+
+@functools.cache
+def _latex_converter() -> Any:
+    from pylatexenc import latex2text
+
+    context = latex2text.get_default_latex_context_db()
+    # Zotero writes < and > so. \- is a place to hyphenate. pylatexenc fails on \href.
+    macros = {"textless": "<", "textgreater": ">", "-": "", "href": ""}
+    context.add_context_category(
+        "semcse",
+        prepend=True,
+        macros=[latex2text.MacroTextSpec(name, text) for name, text in macros.items()],
+        specials=[latex2text.SpecialsTextSpec("&", "&")],
     )
-    text = re.sub(r"\\\\|(?<!\\)~", " ", text)
-    return re.sub(r"\\[A-Za-z]+\*?(?=\{)|[{}\\]", "", text)
+    return latex2text.LatexNodes2Text(latex_context=context, math_mode="verbatim")
 
 
 def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any]]:
-    """Every object inside a row, at any depth, that has all `columns`: the row itself, or a query
-    and its candidates, say.
+    """Yields every object inside a row, at any depth, that has all `columns`: the row itself, for
+    example, or a query and its candidates.
     """
     if isinstance(value, dict) and all(column in value for column in columns):
         yield value
@@ -180,15 +161,12 @@ def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any
 
 
 def text_of(value: Any) -> str:
-    """A cell as text with single spaces: nothing is "", a list (an abstract kept as sentences) is
-    joined, half a surrogate pair is "?", endless words end.
+    """Returns a cell as text with single spaces. None gives "", the items of a list (an abstract
+    stored as sentences) are joined, and words are cut to LONGEST_WORD characters.
     """
+    if value is None:
+        return ""
     if isinstance(value, list):
         return " ".join(map(text_of, value))
-    return (
-        ""
-        if value is None
-        else " ".join(
-            word[:LONGEST_WORD] for word in str(value).encode(errors="replace").decode().split()
-        )
-    )
+    text = str(value).encode(errors="replace").decode()  # half a surrogate pair becomes "?"
+    return " ".join(word[:LONGEST_WORD] for word in text.split())

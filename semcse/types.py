@@ -1,4 +1,4 @@
-"""The words that settings and flags accept: distance metrics, poolings, devices and precisions."""
+"""The values that settings and flags accept."""
 
 from typing import Literal
 

@@ -202,13 +202,13 @@ def kill_embedding(folder: Path, seed: int) -> None:
     world, draw = world_of(folder), random.Random(seed)
     source, whole, output = world / "embed.jsonl", world / "whole.npy", world / f"killed-{seed}.npy"
     source.write_bytes(jsonl(*map(make_paper, range(400))))
-    words = [sys.executable, "embed_papers.py", "--model", world / "bert", "--input", source]
-    words += ["--chunk", "4", "--device", "cpu", "--output"]
+    words = [sys.executable, "embed_papers.py", "--model", str(world / "bert")]
+    words += ["--input", str(source), "--chunk", "4", "--device", "cpu", "--output"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(path: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*words, path], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            [*words, str(path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         )
 
     def run_to_end(path: Path) -> None:

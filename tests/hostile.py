@@ -1,7 +1,7 @@
-"""Bad input as data: lines, files and places that are no papers, and papers that are nasty but
-right, each with what must come of it.
+"""Bad input as data: lines, files and paths that are not papers, and papers that are strange but
+valid, each with the expected outcome.
 
-test_load_data.py holds them against the papers reader, test_hostile.py against the scripts,
+test_papers.py gives them to the papers reader, test_hostile.py to the scripts, and
 tools/torture.py counts them.
 """
 
@@ -24,11 +24,15 @@ from typing import Any
 from conftest import make_paper
 
 NEEDED = ("summaries", "title", "abstract")
-RLO, ESC = "\u202e", "\x1b"  # the right-to-left override, and what begins a terminal's commands
+RLO, ESC = "\u202e", "\x1b"  # the right-to-left override, and the start of terminal commands
 
 
 def changed(**changes: Any) -> bytes:
     return json.dumps(make_paper(7, **changes)).encode()
+
+
+def plain(**changes: Any) -> bytes:
+    return json.dumps(make_paper(7, **changes), ensure_ascii=False).encode()
 
 
 def without(key: str) -> bytes:
@@ -39,259 +43,121 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def plain(**changes: Any) -> bytes:
-    return json.dumps(make_paper(7, **changes), ensure_ascii=False).encode()
-
-
-# (name, raw line, what the error says, what mend it names)
+FIX_BLANK = "fill it, or leave the paper out"
+FIX_TEXT = "make it a string, or leave the key out"
+# (what the error says, which fix it names) -> name -> raw line
+LINES_BY_ERROR: dict[tuple[str, str], dict[str, bytes]] = {
+    ("is not JSON", "write one JSON object per line"): {
+        "not JSON": b"id,title,abstract",
+        "Python's own notation": b"{'id': 'a'}",
+        "HTML": b"<html><body>404</body></html>",
+        "cut off": changed()[:80],
+        "two objects": changed() + b" " + changed(id="b"),
+        "an array's first line": b"[",
+        "a comma after the object": changed() + b",",
+        "NaN": changed(year=float("nan")),
+        "infinity": changed(year=float("-inf")),
+        # Guards against: 1e999 becomes infinity, and a file written from such a paper cannot be
+        # read again.
+        "number beyond float": b'{"year": 1e999, ' + changed()[1:],
+        "number of 5,000 digits": b'{"year": ' + b"9" * 5_000 + b", " + changed()[1:],
+        "nested too deep": b"[" * 100_000 + b"]" * 100_000,
+        "comment": changed() + b" // a paper",
+        "comma before the brace": changed()[:-1] + b",}",
+        "byte order mark inside": b" \xef\xbb\xbf" + changed(),
+        "raw control character": plain(title="soil").replace(b"soil", b"so\x1b[31mil"),
+        "escape of another language": changed(title="soil").replace(b"soil", rb"so\x69l"),
+        "a terminal's commands": b"\x1b]0;owned\x07\x1b[2J",
+        "end-of-file mark of old systems": b"\x1a",
+    },
+    # Guards against: the value of such a key depends on the JSON reader.
+    ("the same key twice", "write one JSON object per line"): {
+        "a key twice": b'{"abstract": "Another one.", ' + changed()[1:],
+        "an unknown key twice, inside": b'{"note": {"a": 1, "a": 1}, ' + changed()[1:],
+    },
+    ("is not a JSON object", "write one JSON object per line"): {
+        "JSON list": b'["a"]',
+        "JSON number": b"7",
+        "JSON null": b"null",
+        "JSON string": b'"a paper"',
+        "JSON true": b"true",
+    },
+    ("is not text (NUL byte)", "give a JSONL file, plain or gzipped"): {
+        "NUL byte": changed() + b"\x00",
+        "UTF-16": changed(title="Böden").decode().encode("utf-16"),
+    },
+    ("is not UTF-8", "save the file as UTF-8"): {
+        "Latin-1": plain(title="Böden").decode().encode("latin-1"),
+        "half a surrogate pair in UTF-8": plain(title="soil").replace(b"soil", b"\xed\xa0\x80"),
+        "overlong UTF-8": plain(title="soil").replace(b"soil", b"..\xc0\xaf"),
+        "UTF-8 cut in a character": plain(title="東京").split("京".encode())[0] + b"\xe4",
+    },
+    ("half a surrogate pair", "write the whole character"): {
+        "half a surrogate pair": changed(abstract="soil \ud83d and river"),
+        "half a surrogate pair in an unknown key": changed(**{"note \udc00": 1}),
+        "half a surrogate pair in the id": changed(id="a\ud800"),
+        "a surrogate pair in the wrong order": changed(abstract="soil \udc00\ud83d"),
+    },
+    **{
+        (f'key "{key}" is missing', "add it"): {f"no {key}": without(key)}
+        for key in ("id", "title", "abstract", "summaries")
+    },
+    ('key "id" is blank', FIX_BLANK): {"empty id": changed(id=""), "blank id": changed(id=" \t")},
+    ('key "title" is blank', FIX_BLANK): {"blank title": changed(title="  ")},
+    ('key "abstract" is blank', FIX_BLANK): {"blank abstract": changed(abstract="\n")},
+    ('key "summaries" is blank', FIX_BLANK): {
+        "summaries empty": changed(summaries=[]),
+        "a blank summary": changed(summaries=["One.", " "]),
+    },
+    ('key "id" is not a string', FIX_TEXT): {
+        "id a number": changed(id=7),
+        "id null": changed(id=None),
+        "id a list": changed(id=["paper-7"]),
+    },
+    ('key "title" is not a string', FIX_TEXT): {"title a number": changed(title=3.5)},
+    ('key "abstract" is not a string', FIX_TEXT): {"abstract null": changed(abstract=None)},
+    ('key "query" is not a string', FIX_TEXT): {"query true": changed(query=True)},
+    ('key "field" is not a string', FIX_TEXT): {"field an object": changed(field={"name": "Art"})},
+    ('key "summaries" is not a list of strings', "make it a list of strings"): {
+        "summaries a string": changed(summaries="One. Two."),
+        "summaries null": changed(summaries=None),
+        "summaries of numbers": changed(summaries=[1, 2]),
+        "summaries of lists": changed(summaries=[["One."], ["Two."]]),
+    },
+    ('id "paper-1" is already on an earlier line', "give each paper a unique id"): {
+        "id of an earlier line": changed(id="paper-1"),
+        "id of an earlier line, and escapes": changed(id="paper-1", title=f"{ESC}[31m{RLO}"),
+    },
+    ('key "id" has more than 1000 characters', "give a shorter id"): {
+        "id of 1,001 characters": changed(id="x" * 1_001),
+    },
+    ("a word of more than 5000 characters", "fix the text, or leave the paper out"): {
+        "a word of 5,001 characters": changed(abstract="soil " + "x" * 5_001),
+        # Guards against: comparing such a text takes minutes, in which even Ctrl-C does not work.
+        "a letter with 200,000 accents": changed(title="a" + "\u0301\u0316" * 100_000),
+        "a summary that is one long word": changed(summaries=["One.", "x" * 5_001]),
+    },
+    ('key "visits" is not a whole number from 1 to 100', "fix it, or leave the key out"): {
+        "visits none": changed(visits=0),
+        "visits negative": changed(visits=-1),
+        "visits a fraction": changed(visits=1.5),
+        "visits true": changed(visits=True),
+        "visits null": changed(visits=None),
+        "visits text": changed(visits="2"),
+        "visits too many": changed(visits=101),
+        "visits beyond count": changed(visits=10**30),
+    },
+}
+# (name, raw line, what the error says, which fix it names)
 BAD_LINES: list[tuple[str, bytes, str, str]] = [
-    ("not JSON", b"id,title,abstract", "is not JSON", "one JSON object a line"),
-    ("Python's own notation", b"{'id': 'a'}", "is not JSON", "one JSON object a line"),
-    ("HTML", b"<html><body>404</body></html>", "is not JSON", "one JSON object a line"),
-    ("cut off", changed()[:80], "is not JSON", "one JSON object a line"),
-    ("two objects", changed() + b" " + changed(id="b"), "is not JSON", "one JSON object a line"),
-    ("an array's first line", b"[", "is not JSON", "one JSON object a line"),
-    ("a comma after the object", changed() + b",", "is not JSON", "one JSON object a line"),
-    ("JSON list", b'["a"]', "is a list, not a JSON object", "one JSON object a line"),
-    ("JSON number", b"7", "is a number, not a JSON object", "one JSON object a line"),
-    ("JSON null", b"null", "is null, not a JSON object", "one JSON object a line"),
-    ("JSON string", b'"a paper"', "is a string, not a JSON object", "one JSON object a line"),
-    ("JSON true", b"true", "is true or false, not a JSON object", "one JSON object a line"),
-    ("NaN", changed(year=float("nan")), "NaN is not allowed", "one JSON object a line"),
-    ("infinity", changed(year=float("-inf")), "-Infinity is not allowed", "one JSON object a line"),
-    # Guards against: 1e999 becomes infinity, and a file written from such a paper cannot be read
-    # again.
-    (
-        "number beyond float",
-        b'{"year": 1e999, ' + changed()[1:],
-        "is not JSON",
-        "one JSON object a line",
-    ),
-    (
-        "number of 5,000 digits",
-        b'{"year": ' + b"9" * 5_000 + b", " + changed()[1:],
-        "is not JSON",
-        "one JSON object a line",
-    ),
-    ("nested too deep", b"[" * 100_000 + b"]" * 100_000, "is not JSON", "one JSON object a line"),
-    ("NUL byte", changed() + b"\x00", "NUL byte", "give a JSONL file, plain or gzipped"),
-    (
-        "UTF-16",
-        changed(title="Böden").decode().encode("utf-16"),
-        "NUL byte",
-        "give a JSONL file, plain or gzipped",
-    ),
-    (
-        "Latin-1",
-        json.dumps(make_paper(7, title="Böden"), ensure_ascii=False).encode("latin-1"),
-        "is not UTF-8",
-        "save the file as UTF-8",
-    ),
-    (
-        "half a surrogate pair",
-        changed(abstract="soil \ud83d and river"),
-        "half a surrogate pair",
-        "write the character whole",
-    ),
-    (
-        "half a surrogate pair in an unknown key",
-        changed(**{"note \udc00": 1}),
-        "half a surrogate pair",
-        "write the character whole",
-    ),
-    ("no id", without("id"), 'key "id" is missing', "add it"),
-    ("empty id", changed(id=""), 'key "id" is blank', "fill it or drop the paper"),
-    ("blank id", changed(id=" \t"), 'key "id" is blank', "fill it or drop the paper"),
-    ("id a number", changed(id=7), 'key "id" is a number', "make it a string"),
-    ("id null", changed(id=None), 'key "id" is null', "make it a string"),
-    (
-        "id of an earlier line",
-        changed(id="paper-1"),
-        'id "paper-1" stands on an earlier line',
-        "its own id",
-    ),
-    (
-        "title a number",
-        changed(title=3.5),
-        'key "title" is a number',
-        "make it a string, or leave the key out",
-    ),
-    (
-        "title null",
-        changed(title=None),
-        'key "title" is null',
-        "make it a string, or leave the key out",
-    ),
-    (
-        "abstract a list",
-        changed(abstract=["One.", "Two."]),
-        'key "abstract" is a list',
-        "make it a string, or leave the key out",
-    ),
-    (
-        "query true",
-        changed(query=True),
-        'key "query" is true or false',
-        "make it a string, or leave the key out",
-    ),
-    (
-        "field an object",
-        changed(field={"name": "Art"}),
-        'key "field" is an object',
-        "make it a string, or leave the key out",
-    ),
-    ("no title", without("title"), 'key "title" is missing', "add it"),
-    ("blank title", changed(title="  "), 'key "title" is blank', "fill it or drop the paper"),
-    ("no abstract", without("abstract"), 'key "abstract" is missing', "add it"),
-    (
-        "blank abstract",
-        changed(abstract="\n"),
-        'key "abstract" is blank',
-        "fill it or drop the paper",
-    ),
-    ("no summaries", without("summaries"), 'key "summaries" is missing', "add it"),
-    (
-        "summaries empty",
-        changed(summaries=[]),
-        'key "summaries" is blank',
-        "fill it or drop the paper",
-    ),
-    (
-        "a blank summary",
-        changed(summaries=["One.", " "]),
-        'key "summaries" is blank',
-        "fill it or drop the paper",
-    ),
-    (
-        "summaries a string",
-        changed(summaries="One. Two."),
-        'key "summaries" is not a list of strings',
-        "make it one",
-    ),
-    (
-        "summaries null",
-        changed(summaries=None),
-        'key "summaries" is not a list of strings',
-        "make it one",
-    ),
-    (
-        "summaries of numbers",
-        changed(summaries=[1, 2]),
-        'key "summaries" is not a list of strings',
-        "make it one",
-    ),
-    (
-        "summaries of lists",
-        changed(summaries=[["One."], ["Two."]]),
-        'key "summaries" is not a list of strings',
-        "make it one",
-    ),
-    # Guards against: which of two abstracts counts is a matter of the reader.
-    (
-        "a key twice",
-        b'{"abstract": "Another one.", ' + changed()[1:],
-        "a key stands twice",
-        "one JSON object a line",
-    ),
-    (
-        "an unknown key twice, inside",
-        b'{"note": {"a": 1, "a": 1}, ' + changed()[1:],
-        "a key stands twice",
-        "one JSON object a line",
-    ),
-    ("comment", changed() + b" // a paper", "is not JSON", "one JSON object a line"),
-    ("comma before the brace", changed()[:-1] + b",}", "is not JSON", "one JSON object a line"),
-    (
-        "byte order mark inside",
-        b" \xef\xbb\xbf" + changed(),
-        "is not JSON",
-        "one JSON object a line",
-    ),
-    (
-        "raw control character",
-        plain(title="soil").replace(b"soil", b"so\x1b[31mil"),
-        "is not JSON",
-        "one JSON object a line",
-    ),
-    (
-        "escape of another language",
-        changed(title="soil").replace(b"soil", rb"so\x69l"),
-        "is not JSON",
-        "one JSON object a line",
-    ),
-    ("a terminal's commands", b"\x1b]0;owned\x07\x1b[2J", "is not JSON", "one JSON object a line"),
-    ("end-of-file mark of old systems", b"\x1a", "is not JSON", "one JSON object a line"),
-    (
-        "a surrogate pair in the wrong order",
-        changed(abstract="soil \udc00\ud83d"),
-        "half a surrogate pair",
-        "write the character whole",
-    ),
-    (
-        "half a surrogate pair in the id",
-        changed(id="a\ud800"),
-        "half a surrogate pair",
-        "write the character whole",
-    ),
-    (
-        "half a surrogate pair in UTF-8",
-        plain(title="soil").replace(b"soil", b"\xed\xa0\x80"),
-        "is not UTF-8",
-        "save the file as UTF-8",
-    ),
-    (
-        "overlong UTF-8",
-        plain(title="soil").replace(b"soil", b"..\xc0\xaf"),
-        "is not UTF-8",
-        "save the file as UTF-8",
-    ),
-    (
-        "UTF-8 cut in a character",
-        plain(title="東京")[:-1].split("京".encode())[0] + b"\xe4",
-        "is not UTF-8",
-        "save the file as UTF-8",
-    ),
-    (
-        "id of 1,001 characters",
-        changed(id="x" * 1_001),
-        'key "id" has more than 1000 characters',
-        "shorter id",
-    ),
-    (
-        "a word of 5,001 characters",
-        changed(abstract="soil " + "x" * 5_001),
-        "a word of more than 5000 characters",
-        "mend that text",
-    ),
-    # Guards against: comparing such a text takes minutes, in which not even Ctrl-C works.
-    (
-        "a letter with 200,000 accents",
-        changed(title="a" + "\u0301\u0316" * 100_000),
-        "a word of more than 5000 characters",
-        "mend that text",
-    ),
-    (
-        "a summary that is one long word",
-        changed(summaries=["One.", "x" * 5_001]),
-        "a word of more than 5000 characters",
-        "mend that text",
-    ),
-    (
-        "id of an earlier line, and escapes",
-        changed(id="paper-1", title=f"{ESC}[31m{RLO}"),
-        'id "paper-1" stands on an earlier line',
-        "its own id",
-    ),
-    ("id a list", changed(id=["paper-7"]), 'key "id" is a list', "make it a string"),
-    ("visits none", changed(visits=0), 'key "visits" is not', "mend it"),
-    ("visits a fraction", changed(visits=1.5), 'key "visits" is not', "mend it"),
-    ("visits true", changed(visits=True), 'key "visits" is not', "mend it"),
-    ("visits beyond count", changed(visits=10**30), 'key "visits" is not', "mend it"),
+    (name, line, what, fix)
+    for (what, fix), lines in LINES_BY_ERROR.items()
+    for name, line in lines.items()
 ]
 
 
 def bomb(piece: bytes, times: int) -> bytes:
-    """A gzip file of many equal pieces, packed a piece at a time."""
+    """A gzip file of many equal pieces, compressed one piece at a time."""
     box = io.BytesIO()
     with gzip.GzipFile(fileobj=box, mode="wb", compresslevel=1) as target:
         for _ in range(times):
@@ -315,184 +181,73 @@ def tarred(data: bytes) -> bytes:
     return box.getvalue()
 
 
-SOUND = gzip.compress(jsonl(*(make_paper(i) for i in range(50))))
+ONE = jsonl(make_paper(0))
+GZIPPED = gzip.compress(jsonl(*(make_paper(i) for i in range(50))))
+XML = b'<?xml version="1.0"?>\n<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>\n<x>&e;</x>\n'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
 
-# (name, the whole file or what makes it, what the error says after the file's name, what mend it
-# names)
+# (what the error says after the file's name, which fix it names) -> name -> the content of the
+# file, or a function that makes it
+FILES_BY_ERROR: dict[tuple[str, str], dict[str, bytes | Callable[[], bytes]]] = {
+    (": holds no papers", "one paper per line"): {
+        "empty": b"",
+        "blank lines only": b"\n\n \n",
+        "gzip of nothing": gzip.compress(b""),
+        "gzip bomb, blank lines": lambda: bomb(b"\n" * 2**16, 2),
+    },
+    (":1: line is longer than 16 MiB", "one paper per line"): {
+        "line of 17 MiB": lambda: b'{"id": "' + b"x " * (17 * 2**19),
+        "gzip bomb, one line of 256 MiB": lambda: bomb(b" " * 2**20, 256),
+    },
+    (": damaged gzip file", "copy or compress the file again"): {
+        "gzip cut off": GZIPPED[:-200],
+        "gzip without its checksum": GZIPPED[:-8],
+        "gzip with a wrong checksum": GZIPPED[:-8] + b"\x00" * 8,
+        "gzip with wrong bytes": GZIPPED[:300] + b"\xff" * 40 + GZIPPED[340:],
+        "gzip with something after it": GZIPPED + b"more",
+        "two bytes of gzip": b"\x1f\x8b",
+        "gzip of an unknown kind": b"\x1f\x8b\x07" + b"\x00" * 20,
+        "gzip with a name without end": b"\x1f\x8b\x08\x08" + b"\x00" * 5 + b"\x03" + b"x" * 1_000,
+    },
+    (":1: is not text (NUL byte)", "JSONL file"): {
+        "program": b"\x7fELF\x02\x01\x01\x00\x00",
+        "UTF-16 with its mark": ONE.decode().encode("utf-16"),
+        "UTF-16 without": ONE.decode().encode("utf-16-be"),
+        "UTF-32": ONE.decode().encode("utf-32"),
+        "tar": lambda: tarred(ONE),
+        "gzipped tar": lambda: gzip.compress(tarred(ONE)),
+        "SQLite": b"SQLite format 3\x00\x10\x00",
+    },
+    (":1: is not UTF-8", "save the file as UTF-8"): {
+        "picture": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    },
+    (":1: is not JSON", "one JSON object per line"): {
+        "byte order mark only": b"\xef\xbb\xbf",
+        "one JSON array over many lines": json.dumps([make_paper(0)], indent=1).encode(),
+        "line ends of old Macs": jsonl(make_paper(0), make_paper(1)).replace(b"\n", b"\r"),
+        "gzip bomb, nested": lambda: bomb(b"[" * 2**20, 15),
+        "PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+        "Parquet": b"PAR1\x15\x04\x15\x10PAR1",
+        "Git LFS pointer": LFS,
+        "YAML": b"- id: a\n  title: b\n",
+        "CSV": b'id,title\n"a","b"\n',
+        "XML": XML,
+    },
+    (":1: is not ", ""): {
+        "gzip in gzip": gzip.compress(GZIPPED),
+        "zip": lambda: zipped(ONE),
+        "bzip2": bz2.compress(ONE),
+        "pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94.",
+    },
+}
+# (name, content, what the error says after the file's name, which fix it names)
 BAD_FILES: list[tuple[str, bytes | Callable[[], bytes], str, str]] = [
-    ("empty", b"", ": holds no papers", "one paper a line"),
-    ("blank lines only", b"\n\n \n", ": holds no papers", "one paper a line"),
-    ("gzip of nothing", gzip.compress(b""), ": holds no papers", "one paper a line"),
-    ("picture", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", ":1: is not UTF-8", "UTF-8"),
-    ("program", b"\x7fELF\x02\x01\x01\x00\x00", ":1: is not text (NUL byte)", "JSONL file"),
-    ("byte order mark only", b"\xef\xbb\xbf", ":1: is not JSON", "JSON object a line"),
-    (
-        "one JSON array over many lines",
-        json.dumps([make_paper(0)], indent=1).encode(),
-        ":1: is not JSON",
-        "JSON object a line",
-    ),
-    ("gzip cut off", SOUND[:-200], ": damaged gzip file", "copy or compress it again"),
-    ("gzip without its checksum", SOUND[:-8], ": damaged gzip file", "copy or compress it again"),
-    (
-        "gzip with a wrong checksum",
-        SOUND[:-8] + b"\x00" * 8,
-        ": damaged gzip file",
-        "copy or compress it again",
-    ),
-    (
-        "gzip with wrong bytes",
-        SOUND[:300] + b"\xff" * 40 + SOUND[340:],
-        ": damaged gzip file",
-        "copy or compress it again",
-    ),
-    (
-        "gzip with something after it",
-        SOUND + b"more",
-        ": damaged gzip file",
-        "copy or compress it again",
-    ),
-    ("two bytes of gzip", b"\x1f\x8b", ": damaged gzip file", "copy or compress it again"),
-    (
-        "gzip of an unknown kind",
-        b"\x1f\x8b\x07" + b"\x00" * 20,
-        ": damaged gzip file",
-        "copy or compress it again",
-    ),
-    ("gzip in gzip", gzip.compress(SOUND), ":1: is not ", "JSONL file"),
-    (
-        "line of 17 MiB",
-        lambda: b'{"id": "' + b"x " * (17 * 2**19),
-        ":1: line is longer than 16 MiB",
-        "one paper a line",
-    ),
-    (
-        "gzip bomb, one line of 256 MiB",
-        lambda: bomb(b" " * 2**20, 256),
-        ":1: line is longer than 16 MiB",
-        "one paper a line",
-    ),
-    (
-        "gzip bomb, nested",
-        lambda: bomb(b"[" * 2**20, 15),
-        ":1: is not JSON",
-        "one JSON object a line",
-    ),
-    (
-        "gzip bomb, blank lines",
-        lambda: bomb(b"\n" * 2**20, 2),
-        ": holds no papers",
-        "one paper a line",
-    ),
-    (
-        "UTF-16 with its mark",
-        jsonl(make_paper(0)).decode().encode("utf-16"),
-        ":1: is not text (NUL byte)",
-        "JSONL file",
-    ),
-    (
-        "UTF-16 without",
-        jsonl(make_paper(0)).decode().encode("utf-16-be"),
-        ":1: is not text (NUL byte)",
-        "JSONL file",
-    ),
-    (
-        "UTF-32",
-        jsonl(make_paper(0)).decode().encode("utf-32"),
-        ":1: is not text (NUL byte)",
-        "JSONL file",
-    ),
-    (
-        "line ends of old Macs",
-        jsonl(make_paper(0), make_paper(1)).replace(b"\n", b"\r"),
-        ":1: is not JSON",
-        "one JSON object a line",
-    ),
-    ("zip", lambda: zipped(jsonl(make_paper(0))), ":1: is not ", ""),
-    ("tar", lambda: tarred(jsonl(make_paper(0))), ":1: is not text (NUL byte)", "JSONL file"),
-    (
-        "gzipped tar",
-        lambda: gzip.compress(tarred(jsonl(make_paper(0)))),
-        ":1: is not text (NUL byte)",
-        "JSONL file",
-    ),
-    ("bzip2", bz2.compress(jsonl(make_paper(0))), ":1: is not ", ""),
-    ("PDF", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ":1: is not JSON", "one JSON object a line"),
-    ("Parquet", b"PAR1\x15\x04\x15\x10PAR1", ":1: is not JSON", "one JSON object a line"),
-    ("SQLite", b"SQLite format 3\x00\x10\x00", ":1: is not text (NUL byte)", "JSONL file"),
-    ("pickle", b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94.", ":1: is not ", ""),
-    (
-        "Git LFS pointer",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
-        ":1: is not JSON",
-        "one JSON object a line",
-    ),
-    ("YAML", b"- id: a\n  title: b\n", ":1: is not JSON", "one JSON object a line"),
-    ("CSV", b'id,title\n"a","b"\n', ":1: is not JSON", "one JSON object a line"),
-    (
-        "XML",
-        (
-            b'<?xml version="1.0"?>\n<!DOCTYPE x [<!ENTITY e SYSTEM'
-            b' "file:///etc/passwd">]>\n<x>&e;</x>\n'
-        ),
-        ":1: is not JSON",
-        "one JSON object a line",
-    ),
-    (
-        "gzip with a name without end",
-        b"\x1f\x8b\x08\x08\x00\x00\x00\x00\x00\x03" + b"x" * 1_000,
-        ": damaged gzip file",
-        "copy or compress it again",
-    ),
+    (name, content, what, fix)
+    for (what, fix), contents in FILES_BY_ERROR.items()
+    for name, content in contents.items()
 ]
 
-
-@contextlib.contextmanager
-def unreadable(path: Path, mode: int) -> Iterator[Path]:
-    """`path`/papers.jsonl or what holds it without the right to read it, also for root."""
-    (path / "papers.jsonl").write_bytes(jsonl(make_paper(0)))
-    target, user = (path if mode else path / "papers.jsonl"), os.geteuid()
-    before = target.stat().st_mode
-    target.chmod(0)
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield path / "papers.jsonl"
-    finally:
-        os.seteuid(user)
-        target.chmod(before)
-
-
-@contextlib.contextmanager
-def made(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """`path`/papers.jsonl as `make` makes it."""
-    make(path / "papers.jsonl")
-    yield path / "papers.jsonl"
-
-
-@contextlib.contextmanager
-def silent_pipe(path: Path) -> Iterator[Path]:
-    """A named pipe whose writer goes away without a word."""
-    os.mkfifo(path / "papers.jsonl")
-    writer = threading.Thread(
-        target=lambda: (path / "papers.jsonl").open("wb").close(), daemon=True
-    )
-    writer.start()
-    yield path / "papers.jsonl"
-
-
-@contextlib.contextmanager
-def below_a_file(path: Path) -> Iterator[Path]:
-    (path / "papers.jsonl").write_bytes(jsonl(make_paper(0)))
-    yield path / "papers.jsonl" / "papers.jsonl"
-
-
-def listen(path: Path) -> None:
-    # the name of a socket is short
-    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as server:
-        server.bind(path.name)
-
-
+# A context manager that gives a path inside an empty folder.
 Place = Callable[[Path], contextlib.AbstractContextManager[Path]]
 
 
@@ -500,53 +255,80 @@ def at(path: str) -> Place:
     return lambda folder: contextlib.nullcontext(folder / path)
 
 
-# (name, what makes the place in an empty folder, what the error says after the file's name, what
-# mend it names)
+@contextlib.contextmanager
+def made(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """The path papers.jsonl in `folder`, after `make` made it."""
+    make(folder / "papers.jsonl")
+    yield folder / "papers.jsonl"
+
+
+def by(make: Callable[[Path], object]) -> Place:
+    return lambda folder: made(folder, make)
+
+
+def without_permission(on_folder: bool) -> Place:
+    """A papers file that cannot be read, also by root, because of its or its folder's mode."""
+
+    @contextlib.contextmanager
+    def place(folder: Path) -> Iterator[Path]:
+        path, user = folder / "papers.jsonl", os.geteuid()
+        path.write_bytes(ONE)
+        target = folder if on_folder else path
+        before = target.stat().st_mode
+        target.chmod(0)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield path
+        finally:
+            os.seteuid(user)
+            target.chmod(before)
+
+    return place
+
+
+@contextlib.contextmanager
+def below_a_file(folder: Path) -> Iterator[Path]:
+    (folder / "papers.jsonl").write_bytes(ONE)
+    yield folder / "papers.jsonl" / "papers.jsonl"
+
+
+def silent_pipe(path: Path) -> None:
+    """A named pipe whose writer closes it without writing."""
+    os.mkfifo(path)
+    threading.Thread(target=lambda: path.open("wb").close(), daemon=True).start()
+
+
+def listen(path: Path) -> None:
+    # The name of a socket must be short.
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+
+
+# (name, what makes the path in an empty folder, what the error says after the path, which fix it
+# names)
+NO_FILE, UNREADABLE = ": no such file", ": cannot be read"
+DENIED = ": cannot be read (Permission denied)"
 BAD_PLACES: list[tuple[str, Place, str, str]] = [
-    ("no such file", at("missing.jsonl"), ": no such file", "check the path"),
-    (
-        "no such file, its name commands a terminal",
-        at(f"{ESC}[2J{RLO}.jsonl"),
-        ": no such file",
-        "check the path",
-    ),
-    ("no such file, its name is not UTF-8", at("\udcff.jsonl"), ": no such file", "check the path"),
-    ("a name too long", at("x" * 300), ": cannot be read", "check the path"),
-    ("a folder", lambda folder: made(folder, Path.mkdir), ": is a folder", "name a papers file"),
-    ("below a file", below_a_file, ": cannot be read", "check the path"),
-    (
-        "a link to itself",
-        lambda folder: made(folder, lambda path: path.symlink_to(path)),
-        ": cannot be read",
-        "check the path",
-    ),
-    (
-        "a link to nothing",
-        lambda folder: made(folder, lambda path: path.symlink_to("missing")),
-        ": no such file",
-        "check the path",
-    ),
-    (
-        "a file that may not be read",
-        lambda folder: unreadable(folder, 0),
-        ": cannot be read (Permission denied)",
-        "permissions",
-    ),
-    (
-        "a folder that may not be entered",
-        lambda folder: unreadable(folder, 1),
-        ": cannot be read (Permission denied)",
-        "permissions",
-    ),
-    ("a pipe without papers", silent_pipe, ": holds no papers", "one paper a line"),
-    ("a socket", lambda folder: made(folder, listen), ": cannot be read", "check the path"),
-    ("a device without end", at("/dev/zero"), ":1: line is longer than 16 MiB", "one paper a line"),
-    ("a device without anything", at("/dev/null"), ": holds no papers", "one paper a line"),
-    ("a file that cannot be read", at("/proc/self/mem"), ": cannot be read", "check the path"),
+    ("no such file", at("missing.jsonl"), NO_FILE, "check the path"),
+    ("a name that commands a terminal", at(f"{ESC}[2J{RLO}.jsonl"), NO_FILE, "check the path"),
+    ("a name that is not UTF-8", at("\udcff.jsonl"), NO_FILE, "check the path"),
+    ("a name too long", at("x" * 300), UNREADABLE, "check the path"),
+    ("a folder", by(Path.mkdir), ": cannot be read (Is a directory)", "check the path"),
+    ("below a file", below_a_file, UNREADABLE, "check the path"),
+    ("a link to itself", by(lambda path: path.symlink_to(path)), UNREADABLE, "check the path"),
+    ("a link to nothing", by(lambda path: path.symlink_to("x")), NO_FILE, "check the path"),
+    ("a file that may not be read", without_permission(False), DENIED, "permissions"),
+    ("a folder that may not be entered", without_permission(True), DENIED, "permissions"),
+    ("a pipe without papers", by(silent_pipe), ": holds no papers", "one paper per line"),
+    ("a socket", by(listen), UNREADABLE, "check the path"),
+    ("a device without end", at("/dev/zero"), ":1: line is longer than 16 MiB", "one paper per"),
+    ("a device without anything", at("/dev/null"), ": holds no papers", "one paper per line"),
+    ("a file that cannot be read", at("/proc/self/mem"), UNREADABLE, "check the path"),
 ]
 
-# Papers that are right, however strange: name -> what is changed in a good one. They are read and
-# written as they are.
+# Papers that are strange but valid: name -> what is changed in an ordinary one. They are read and
+# written unchanged.
 NASTY: dict[str, dict[str, Any]] = {
     "script in the title": {
         "title": "<script>alert(1)</script> & </script><img src=x onerror=alert(2)>"
@@ -602,7 +384,7 @@ NASTY: dict[str, dict[str, Any]] = {
 
 
 def nasty_papers() -> list[dict[str, Any]]:
-    """The nasty papers with ids of their own."""
+    """The strange papers, each with a unique id."""
     return [
         make_paper(number) | changes for number, changes in enumerate(NASTY.values(), start=100)
     ]

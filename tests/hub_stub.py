@@ -1,12 +1,12 @@
-"""A stand-in for the Hugging Face Hub: as much of its API as huggingface_hub asks for to create a
-model repository, commit to it and download it.
+"""A local server that answers like the Hugging Face Hub when huggingface_hub creates a model
+repository and commits to it.
 
-with HubStub(token="hf_x") as hub: run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
-HF_HUB_DISABLE_XET="1", HF_HOME=an empty folder)
+    with HubStub(token="hf_x") as hub:
+        run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
 
-Files of more than LFS_FROM bytes go the way of git-lfs. Requests are noted in `hub.asked`. With
-`hub.refuse` it answers what has this in its path with an HTTP status and, as no server should,
-repeats the token it was sent. Public repositories are read without a token; all else needs it.
+Files of more than LFS_FROM bytes are uploaded as with git-lfs. `hub.asked` lists the requests. If
+`hub.refuse` is (part of a path, status), such paths are answered with this HTTP status and with
+the token that was sent, which no server should do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LFS_FROM = 20_000
 
 @dataclass
 class Repo:
-    """A repository: its files, the id of its last commit, and the paths that each commit changed."""
+    """A repository: its files, the id of its last commit, and the paths of each commit."""
 
     hub: HubStub
     private: bool
@@ -39,15 +39,12 @@ def git_hash(content: bytes) -> str:
 
 
 class HubStub(ThreadingHTTPServer):
-    """The server, in a thread, until the `with` block ends."""
+    """The server, which runs in a thread until the `with` block ends."""
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.token, self.url, self.refuse = (
-            token,
-            f"http://127.0.0.1:{self.server_address[1]}",
-            ("no such path", 0),
-        )
+        self.token, self.url = token, f"http://127.0.0.1:{self.server_address[1]}"
+        self.refuse = ("no such path", 0)
         self.repos, self.stored, self.asked = dict[str, Repo](), dict[str, bytes](), list[str]()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -57,138 +54,84 @@ class HubStub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. `on_X(repo, words of the path, body)` answers what is asked of a repository."""
+    """One connection. `on_X(repo, parts of the path, body)` answers requests about a repository."""
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else content)
+        self.wfile.write(content)
 
     def handle_any(self) -> None:
-        path, hub, sent = (
-            unquote(urlsplit(self.path).path),
-            cast(HubStub, self.server),
-            self.headers.get("Authorization", ""),
-        )
+        path, hub = unquote(urlsplit(self.path).path), cast(HubStub, self.server)
+        sent = self.headers.get("Authorization", "")
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.asked.append(f"{self.command} {path}")
-        words = path.removeprefix("/api/models").strip("/").split("/")
-        repo = hub.repos.get("/".join(words[:2]).removesuffix(".git"))
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo = hub.repos.get("/".join(parts[:2]).removesuffix(".git"))
+        needs_token = repo is None or repo.private or self.command == "POST"
         if hub.refuse[0] in path:
-            self.answer(
-                hub.refuse[1], {"error": f"refused {sent}"}, X_Error_Message=f"refused {sent}"
-            )
-        elif words[0] == "lfs":
-            hub.stored[words[1]] = content
-            self.answer(200 if hashlib.sha256(content).hexdigest() == words[1] else 400)
-        elif sent != f"Bearer {hub.token}" and (
-            repo is None or repo.private or self.command == "POST"
-        ):
+            refusal = f"refused {sent}"
+            self.answer(hub.refuse[1], {"error": refusal}, X_Error_Message=refusal)
+        elif parts[0] == "lfs":
+            hub.stored[parts[1]] = content
+            self.answer(200 if hashlib.sha256(content).hexdigest() == parts[1] else 400)
+        elif sent != f"Bearer {hub.token}" and needs_token:
             self.answer(401, {"error": "Invalid username or password."})
-        elif path in ("/api/repos/create", "/api/validate-yaml"):
-            self.answer(
-                *self.create(hub, json.loads(content)) if path.endswith("create") else (200, {})
-            )
+        elif path == "/api/repos/create":
+            self.create(hub, json.loads(content))
+        elif path == "/api/validate-yaml":
+            self.answer(200, {})
         elif repo is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
-            getattr(self, f"on_{words[2] if len(words) > 2 else 'revision'}")(repo, words, content)
+            getattr(self, f"on_{parts[2] if len(parts) > 2 else 'revision'}")(repo, parts, content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_POST = do_PUT = handle_any
 
-    def create(self, hub: HubStub, wanted: dict[str, Any]) -> tuple[int, dict[str, str]]:
-        name = f"{wanted['organization']}/{wanted['name']}"
-        old = (
-            hub.repos.setdefault(name, new := Repo(hub, wanted.get("visibility") == "private"))
-            is not new
-        )
-        return 409 if old else 200, {"url": f"{hub.url}/{name}"}
+    def create(self, hub: HubStub, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        existed = name in hub.repos
+        if not existed:
+            hub.repos[name] = Repo(hub, asked.get("visibility") == "private")
+        self.answer(409 if existed else 200, {"url": f"{hub.url}/{name}"})
 
-    def on_revision(self, repo: Repo, words: list[str], _: bytes) -> None:
-        self.answer(
-            200,
-            {
-                "id": "/".join(words[:2]),
-                "sha": repo.sha,
-                "private": repo.private,
-                "siblings": [{"rfilename": name} for name in repo.files],
-            },
-        )
+    def on_revision(self, repo: Repo, parts: list[str], _: bytes) -> None:
+        siblings = [{"rfilename": name} for name in repo.files]
+        about = {"id": "/".join(parts[:2]), "sha": repo.sha, "private": repo.private}
+        self.answer(200, about | {"siblings": siblings})
 
     def on_preupload(self, repo: Repo, _: list[str], content: bytes) -> None:
-        found = [
-            one
-            | {"uploadMode": "lfs" if one["size"] > LFS_FROM else "regular", "shouldIgnore": False}
-            for one in json.loads(content)["files"]
-        ]
-        for one in found:
-            if (there := repo.files.get(one["path"])) is not None:
-                one["oid"] = (
-                    hashlib.sha256(there).hexdigest()
-                    if one["uploadMode"] == "lfs"
-                    else git_hash(there)
-                )
-        self.answer(200, {"files": found})
+        answers = []
+        for one in json.loads(content)["files"]:
+            mode, old = "lfs" if one["size"] > LFS_FROM else "regular", repo.files.get(one["path"])
+            if old is not None:
+                one["oid"] = hashlib.sha256(old).hexdigest() if mode == "lfs" else git_hash(old)
+            answers.append(one | {"uploadMode": mode, "shouldIgnore": False})
+        self.answer(200, {"files": answers})
 
     def on_info(self, repo: Repo, _: list[str], content: bytes) -> None:
-        wanted = [
-            one for one in json.loads(content)["objects"] if one["oid"] not in repo.hub.stored
+        objects = [
+            one | {"actions": {"upload": {"href": f"{repo.hub.url}/lfs/{one['oid']}"}}}
+            for one in json.loads(content)["objects"]
+            if one["oid"] not in repo.hub.stored
         ]
-        self.answer(
-            200,
-            {
-                "objects": [
-                    one | {"actions": {"upload": {"href": f"{repo.hub.url}/lfs/{one['oid']}"}}}
-                    for one in wanted
-                ]
-            },
-        )
+        self.answer(200, {"objects": objects})
 
-    def on_commit(self, repo: Repo, words: list[str], content: bytes) -> None:
-        rows = [
-            (row["key"], row["value"])
-            for row in map(json.loads, content.splitlines())
-            if row["key"] != "header"
-        ]
-        new = {
-            one["path"]: (
-                base64.b64decode(one["content"]) if kind == "file" else repo.hub.stored[one["oid"]]
-            )
-            for kind, one in rows
-        }
-        repo.sha, repo.files, repo.commits = (
-            git_hash(content),
-            repo.files | new,
-            [*repo.commits, sorted(new)],
-        )
-        self.answer(
-            200,
-            {
-                "commitUrl": f"{repo.hub.url}/{words[0]}/{words[1]}/commit/{repo.sha}",
-                "commitOid": repo.sha,
-            },
-        )
-
-    def on_tree(self, repo: Repo, *_: object) -> None:
-        self.answer(
-            200,
-            [
-                {"type": "file", "path": name, "size": len(text), "oid": git_hash(text)}
-                for name, text in repo.files.items()
-            ],
-        )
-
-    def on_resolve(self, repo: Repo, words: list[str], _: bytes) -> None:
-        content = repo.files.get("/".join(words[4:]))
-        told = (
-            {"X_Error_Code": "EntryNotFound"}
-            if content is None
-            else {"ETag": f'"{git_hash(content)}"'}
-        )
-        self.answer(404 if content is None else 200, content, X_Repo_Commit=repo.sha, **told)
+    def on_commit(self, repo: Repo, parts: list[str], content: bytes) -> None:
+        new = {}
+        for row in map(json.loads, content.splitlines()):
+            value = row["value"]
+            if row["key"] == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif row["key"] != "header":
+                new[value["path"]] = repo.hub.stored[value["oid"]]
+        repo.sha, repo.files = git_hash(content), repo.files | new
+        repo.commits.append(sorted(new))
+        url = f"{repo.hub.url}/{parts[0]}/{parts[1]}/commit/{repo.sha}"
+        self.answer(200, {"commitUrl": url, "commitOid": repo.sha})

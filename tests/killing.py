@@ -110,7 +110,8 @@ class Run:
 
     def resumed_from(self) -> str:
         """Where a resumed run went on."""
-        return (re.findall(r"resumed from step \d+", self.output()) or ["started anew"])[-1]
+        found: list[str] = re.findall(r"resumed from step \d+", self.output())
+        return found[-1] if found else "started anew"
 
 
 def world_of(folder: Path) -> Path:

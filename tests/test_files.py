@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +126,7 @@ def test_a_replaced_folder_is_whole_at_every_kill(tmp_path: Path, has_old: bool)
     found = []
     for state in states:
         restore_folder(state / "runs")
+        restore_folder(state / "runs")  # does nothing to a folder that is in place
         found.append(tree(state / "runs"))
         with atomic_path(state / "runs") as partial:
             put_folder(partial, "third")
@@ -135,48 +134,6 @@ def test_a_replaced_folder_is_whole_at_every_kill(tmp_path: Path, has_old: bool)
         assert not (state / ".runs.old").exists()
     assert (found[0], found[-1]) == (old, new)
     assert all(one in (old, new) for one in found)
-
-
-def test_restore_folder_does_not_touch_a_folder_that_is_in_place(tmp_path: Path) -> None:
-    put_folder(tmp_path / "runs", "new")
-    put_folder(tmp_path / ".runs.old", "old")
-    before = tree(tmp_path / "runs")
-    restore_folder(tmp_path / "runs")
-    restore_folder(tmp_path / "never there")
-    assert tree(tmp_path / "runs") == before
-    assert not (tmp_path / "never there").exists()
-
-
-def test_a_real_kill_during_a_write_leaves_a_whole_file(tmp_path: Path) -> None:
-    """One process stops half-way; another writes without end and is killed at a random moment."""
-    path = tmp_path / "file"
-    put_file(path, "old")
-    half_way = """
-import sys, pathlib, time
-from semcse import files
-with files.atomic_path(pathlib.Path(sys.argv[1])) as partial, partial.open("w") as handle:
-    handle.write("new " * 100_000); handle.flush(); print("half", flush=True); time.sleep(60)
-"""
-    without_end = """
-import sys, pathlib
-from semcse import files
-print("go", flush=True)
-for i in range(10**9):
-    files.write_text(pathlib.Path(sys.argv[1]), f"{i}," * 50_000)
-"""
-    with started(half_way, path) as process:
-        assert first_line(process) == "half"
-        process.kill()
-        process.wait()
-    assert path.read_text() == "old"
-    with started(without_end, path) as process:
-        assert first_line(process) == "go"
-        time.sleep(random.uniform(0.2, 0.4))
-        process.kill()
-        process.wait()
-    numbers = path.read_text().split(",")
-    assert len(numbers) == 50_001
-    assert len(set(numbers[:-1])) == 1
 
 
 def test_json_files_are_read_back_and_hold_no_nan(tmp_path: Path) -> None:
@@ -360,7 +317,7 @@ def test_many_processes_never_hold_a_lock_at_once(tmp_path: Path) -> None:
 import sys, pathlib, time
 from semcse import files
 from semcse.errors import UserError
-path, end, held = pathlib.Path(sys.argv[1]), time.monotonic() + 1.5, 0
+path, end, held = pathlib.Path(sys.argv[1]), time.monotonic() + 0.5, 0
 while time.monotonic() < end:
     try:
         with files.lock(path.with_name(".x.lock")):
@@ -373,4 +330,4 @@ print(held)
         processes = [stack.enter_context(started(code, tmp_path / "held")) for _ in range(3)]
         ended = [process.communicate(timeout=60) for process in processes]
     assert [errors for _, errors in ended] == [""] * 3
-    assert sum(int(held) for held, _ in ended) > 100
+    assert sum(int(held) for held, _ in ended) > 30

@@ -5,40 +5,23 @@ evaluation papers, and the two halves of an abstract.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
-import json
-import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT, make_paper
-from hostile import BAD_FILES, BAD_LINES, BAD_PLACES, NASTY, NEEDED, Place, nasty_papers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from load_data import batch_pairs, split_validation, steps_per_epoch, trainable
 from semantic_benchmark import halves
 from semcse.errors import UserError
-from semcse.near_duplicates import SeenPapers, drop_seen
-from semcse.papers import TEXT_KEYS, Paper, normalise, read_papers
+from semcse.papers import Paper, read_papers
 from settings import PROFILES
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file name that the property tests write to again and again."""
-    return tmp_path_factory.mktemp("scratch") / "papers.jsonl"
-
-
-def jsonl(*rows: dict[str, Any]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def wide(text: str) -> str:
@@ -46,264 +29,6 @@ def wide(text: str) -> str:
     return "".join(
         chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else character for character in text
     )
-
-
-# Reading good files
-
-
-@pytest.mark.parametrize("name", ["papers.jsonl", "papers.jsonl.gz"])
-@pytest.mark.parametrize(
-    "packed",
-    [
-        pytest.param(lambda data: data, id="plain"),
-        pytest.param(gzip.compress, id="gzip"),
-        pytest.param(
-            lambda data: gzip.compress(data[:100]) + gzip.compress(data[100:]),
-            id="gzip in two members",
-        ),
-        pytest.param(lambda data: b"\xef\xbb\xbf" + data, id="byte order mark"),
-        pytest.param(lambda data: data.replace(b"\n", b"\r\n"), id="CRLF"),
-        pytest.param(
-            lambda data: b"\n \n" + data.replace(b"\n", b"\n\n") + b"\t\n", id="blank lines"
-        ),
-        pytest.param(lambda data: data.rstrip(), id="no newline at the end"),
-    ],
-)
-def test_every_packing_of_a_file_reads_the_same_whatever_its_name(
-    tmp_path: Path, name: str, packed: Callable[[bytes], bytes]
-) -> None:
-    rows = [make_paper(i) for i in range(5)]
-    path = tmp_path / name
-    path.write_bytes(packed(jsonl(*rows)))
-    assert [
-        paper.as_row() for paper in read_papers(path, ("summaries", "title", "abstract", "query"))
-    ] == rows
-
-
-def test_reading_streams(tmp_path: Path) -> None:
-    """What is appended after the first paper was handed out is still read: nothing reads the file
-    to its end first.
-    """
-    path = tmp_path / "papers.jsonl"
-    path.write_bytes(jsonl(make_paper(0)))
-    papers = read_papers(path)
-    assert next(papers).id == "paper-0"
-    with path.open("ab") as handle:
-        handle.write(jsonl(make_paper(1)) + b"no JSON\n")
-    assert next(papers).id == "paper-1"
-    with pytest.raises(UserError, match=r"papers\.jsonl:3: "):
-        next(papers)
-
-
-def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
-    """`--train-file <(zcat a.gz b.gz)` hands over a pipe. Guards against: reading starts with a
-    seek, which a pipe refuses with a traceback.
-    """
-    read_end, write_end = os.pipe()
-    with open(write_end, "wb") as pipe:
-        pipe.write(gzip.compress(jsonl(make_paper(0))))
-    assert [paper.id for paper in read_papers(f"/dev/fd/{read_end}")] == ["paper-0"]
-
-
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-filled = words.filter(lambda text: bool(text.strip()))
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-    max_leaves=6,
-)
-unknown_keys = st.dictionaries(
-    words.filter(lambda key: key not in (*TEXT_KEYS, "summaries", "visits")),
-    json_values,
-    max_size=3,
-)
-
-
-@given(
-    identity=filled,
-    texts=st.fixed_dictionaries({}, optional={key: words for key in TEXT_KEYS if key != "id"}),
-    summaries=st.none() | st.lists(words, max_size=4),
-    unknown=unknown_keys,
-    ascii_only=st.booleans(),
-)
-@settings(deadline=None, max_examples=200)
-def test_a_row_read_and_written_is_the_row(
-    scratch: Path,
-    identity: str,
-    texts: dict[str, str],
-    summaries: list[str] | None,
-    unknown: dict[str, Any],
-    ascii_only: bool,
-) -> None:
-    row: dict[str, Any] = (
-        {"id": identity} | texts | ({} if summaries is None else {"summaries": summaries}) | unknown
-    )
-    scratch.write_text(
-        json.dumps(row, ensure_ascii=ascii_only) + "\n", encoding="utf-8", newline=""
-    )
-    (paper,) = read_papers(scratch)
-    texts_there = [text for text in summaries or [] if text.strip()]
-    first_of_equals = [
-        text
-        for i, text in enumerate(texts_there)
-        if normalise(text) not in map(normalise, texts_there[:i])
-    ]
-    expected = {key: value for key, value in row.items() if value != "" or key in unknown} | {
-        "summaries": first_of_equals
-    }
-    assert paper.as_row() == {
-        key: value for key, value in expected.items() if key != "summaries" or value
-    }
-    scratch.write_text(json.dumps(paper.as_row()) + "\n", encoding="utf-8")
-    assert list(read_papers(scratch)) == [paper]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Soil holds carbon.",
-        "soil holds carbon",
-        " SOIL\tholds\n carbon. ",
-        wide("soil holds") + "\u00a0carbon",
-        "soil holds carbon .",
-    ],
-)
-def test_texts_that_differ_in_case_width_space_or_full_stop_are_equal(text: str) -> None:
-    # "soil holds carbon ." : its blank before the full stop must not stay at the end.
-    assert normalise(text) == "soil holds carbon"
-
-
-def test_letters_without_a_capital_of_their_own_are_equal_too() -> None:
-    assert normalise("STRASSE") == normalise("Straße")
-    assert normalise("ΛΌΓΟΣ") == normalise("λόγος")
-
-
-def test_texts_that_differ_in_a_word_or_sign_are_not_equal() -> None:
-    assert (
-        len({normalise(text) for text in ("soil", "soils", "so il", "soil?", "no soil", "")}) == 6
-    )
-
-
-# Reading bad files: every case stands in line 3, after a good paper and a blank line, and before
-# another good paper
-
-each_bad_line = pytest.mark.parametrize(
-    "line, what, mend", [pytest.param(*case[1:], id=case[0]) for case in BAD_LINES]
-)
-
-
-def among_good_lines(path: Path, line: bytes) -> Path:
-    path.write_bytes(jsonl(make_paper(1)) + b"\n" + line + b"\n" + jsonl(make_paper(2)))
-    return path
-
-
-@each_bad_line
-def test_a_bad_line_is_an_error_that_names_file_line_and_mend(
-    tmp_path: Path, line: bytes, what: str, mend: str
-) -> None:
-    path = among_good_lines(tmp_path / "papers.jsonl", line)
-    papers = read_papers(path, NEEDED)
-    assert next(papers).id == "paper-1"
-    with pytest.raises(UserError) as caught:
-        next(papers)
-    said, _, advice = str(caught.value).rpartition("; ")
-    assert said.startswith(f"{path}:3: ")
-    assert what in said
-    assert mend in advice
-    assert "--skip-invalid" in advice
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
-    assert caught.value.exit_code == 2
-
-
-@each_bad_line
-def test_skip_invalid_leaves_a_bad_line_out_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, what: str, mend: str
-) -> None:
-    path = among_good_lines(tmp_path / "papers.jsonl", line)
-    with caplog.at_level(logging.INFO):
-        assert [paper.id for paper in read_papers(path, NEEDED, skip_invalid=True)] == [
-            "paper-1",
-            "paper-2",
-        ]
-    assert caplog.messages == [f"{path}: left out 1 bad lines, kept 2 papers"]
-
-
-def test_skip_invalid_says_nothing_about_a_good_file_and_refuses_one_without_papers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "papers.jsonl"
-    path.write_bytes(jsonl(make_paper(1)))
-    assert len(list(read_papers(path, NEEDED, skip_invalid=True))) == 1
-    assert caplog.messages == []
-    path.write_bytes(b"no JSON\n" * 3)
-    with pytest.raises(UserError, match=r"papers\.jsonl: holds no papers; give a JSONL file"):
-        list(read_papers(path, NEEDED, skip_invalid=True))
-    assert caplog.messages == [f"{path}: left out 3 bad lines, kept 0 papers"]
-
-
-def test_keys_that_are_not_needed_may_be_missing_or_blank(tmp_path: Path) -> None:
-    path = tmp_path / "papers.jsonl"
-    path.write_bytes(
-        jsonl(
-            {"id": "a"},
-            {"id": "b", "title": " ", "summaries": ["One.", " ", "Two."]},
-            {"id": "c", "summaries": []},
-        )
-    )
-    assert [paper.summaries for paper in read_papers(path)] == [(), ("One.", "Two."), ()]
-
-
-@pytest.mark.parametrize(
-    "content, what, mend", [pytest.param(*case[1:], id=case[0]) for case in BAD_FILES]
-)
-@pytest.mark.parametrize("skip_invalid", [False, True])
-def test_a_file_that_is_no_papers_file_is_refused(
-    tmp_path: Path, content: bytes | Callable[[], bytes], what: str, mend: str, skip_invalid: bool
-) -> None:
-    path = tmp_path / "papers.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content())
-    with pytest.raises(UserError) as caught:
-        list(read_papers(path, skip_invalid=skip_invalid))
-    said, _, advice = str(caught.value).rpartition("; ")
-    if skip_invalid and ":1: is" in what:
-        what, mend = ": holds no papers", "one paper a line"
-    assert said.startswith(f"{path}{what}")
-    assert mend in advice
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "place, what, mend", [pytest.param(*case[1:], id=case[0]) for case in BAD_PLACES]
-)
-def test_a_path_without_a_readable_file_is_refused(
-    tmp_path: Path, place: Place, what: str, mend: str
-) -> None:
-    # Guards against: an OSError, which ends with exit code 1 and "mend that and run again".
-    with place(tmp_path) as path, pytest.raises(UserError) as caught:
-        list(read_papers(path))
-    assert str(caught.value).startswith(f"{path}{what}")
-    assert mend in str(caught.value).rpartition("; ")[2]
-
-
-def test_nasty_papers_are_read_and_written_as_they_are(tmp_path: Path) -> None:
-    path, again = tmp_path / "papers.jsonl", tmp_path / "again.jsonl"
-    path.write_bytes(jsonl(*nasty_papers()))
-    papers = list(read_papers(path, NEEDED))
-    for paper, row, changes in zip(papers, nasty_papers(), NASTY.values(), strict=True):
-        assert paper.as_row() == row | (
-            {"summaries": list(dict.fromkeys(row["summaries"]))} if "summaries" in changes else {}
-        )
-    again.write_text(
-        "".join(json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in papers),
-        encoding="utf-8",
-        newline="",
-    )
-    assert list(read_papers(again, NEEDED)) == papers
 
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
@@ -318,80 +43,6 @@ def test_a_missing_file_of_the_paper_profile_is_an_error_that_names_the_commands
     scripts = ("collect_papers.py", "generate_search_queries.py", "generate_train_summaries.py")
     assert all(f"python {script}" in str(caught.value) for script in scripts)
     assert "\n" not in str(caught.value)
-
-
-def test_a_line_too_long_for_a_paper_is_refused_without_reading_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "papers.jsonl"
-    monkeypatch.setattr(load_data, "LONGEST_LINE", 2**20)
-    good = jsonl({"id": "a", "abstract": "x " * (2**19 - 50)})
-    path.write_bytes(good)
-    assert len(list(read_papers(path))) == 1
-    path.write_bytes(gzip.compress(good + b'{"id": "' + b"x" * 2**23))
-    with pytest.raises(
-        UserError, match=r"papers\.jsonl:2: line is longer than 1 MiB; give one paper a line"
-    ):
-        list(read_papers(path))
-
-
-lines = st.lists(
-    st.sampled_from(
-        [
-            jsonl(make_paper(1)),
-            jsonl(make_paper(2)),
-            b"\n",
-            b'{"id": "x", "summaries": ["a", "b"]}\n',
-            b"{}\n",
-            b"\x1f\x8b",
-            b"\xff\xfe",
-        ]
-    )
-    | st.binary(max_size=30)
-    | st.recursive(
-        st.none() | st.text(max_size=3),
-        lambda inner: (
-            st.lists(inner) | st.dictionaries(st.sampled_from(["id", "title", "summaries"]), inner)
-        ),
-    ).map(lambda value: json.dumps(value).encode() + b"\n"),
-    max_size=5,
-).map(b"".join)
-
-
-@given(
-    content=lines,
-    zipped=st.booleans(),
-    damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
-    cut=st.integers(0, 400),
-    need=st.sets(st.sampled_from(NEEDED)),
-    skip_invalid=st.booleans(),
-)
-@settings(deadline=None, max_examples=250)
-def test_any_bytes_give_papers_or_a_user_error(
-    scratch: Path,
-    content: bytes,
-    zipped: bool,
-    damage: list[tuple[int, int]],
-    cut: int,
-    need: set[str],
-    skip_invalid: bool,
-) -> None:
-    data = bytearray(gzip.compress(content) if zipped else content)
-    for place, value in damage:
-        if data:
-            data[place % len(data)] = value
-    scratch.write_bytes(data[: len(data) - cut % (len(data) + 1)] if cut % 2 else data)
-    ids, said = [], ""
-    try:
-        for paper in read_papers(scratch, need, skip_invalid):
-            assert all(getattr(paper, key) for key in ("id", *need))
-            assert len(set(map(normalise, paper.summaries))) == len(paper.summaries)
-            json.dumps(paper.as_row(), ensure_ascii=False).encode()
-            ids.append(paper.id)
-    except UserError as error:
-        said = str(error)
-    assert said.startswith(str(scratch)) if said else ids
-    assert len(set(ids)) == len(ids)
 
 
 # The validation split
@@ -557,14 +208,6 @@ def test_a_batch_has_a_negative_however_often_one_paper_is_visited() -> None:
     assert all(len(drawn(some, 3, step, 2)) == 2 for step in range(100))
 
 
-@pytest.mark.parametrize("visits", ["0", "-1", "101", "1.5", "true", "null", '"2"'])
-def test_visits_must_be_a_small_whole_number(papers_file: Callable[..., Path], visits: str) -> None:
-    path = papers_file([])
-    path.write_text(f'{{"id": "a", "visits": {visits}}}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=rf'{path.name}:1: key "visits" is not'):
-        list(read_papers(path))
-
-
 def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
     """Asked for in any order, after any use of the global generators, and without touching them."""
     papers = [pair_paper(i) for i in range(20)]
@@ -650,126 +293,8 @@ def test_equal_summaries_are_never_a_pair(papers_file: Callable[..., Path]) -> N
     assert pairs == {("The soil dries.", "Rivers fall."), ("Rivers fall.", "The soil dries.")}
 
 
-# Papers that stand in the evaluation file
-
-
 def sample(name: str) -> list[Paper]:
     return list(read_papers(ROOT / "data" / name))
-
-
-def abstract(seed: int, length: int = 160) -> str:
-    """A text of random words, none shared with another seed."""
-    draw = random.Random(seed)
-    return " ".join(f"word{seed}x{draw.randrange(400)}" for _ in range(length))
-
-
-def edited(text: str, places: int) -> str:
-    """`text` with that many of its words replaced, spread evenly."""
-    parts = text.split()
-    for i in range(places):
-        parts[(2 * i + 1) * len(parts) // (2 * places)] = f"other{i}"
-    return " ".join(parts)
-
-
-KNOWN = Paper("known", title="Soil carbon under drought: a 12-year record", abstract=abstract(1))
-
-
-@pytest.mark.parametrize(
-    "paper, reason",
-    [
-        (Paper("known"), "id"),
-        (Paper("known", title=KNOWN.title, abstract=KNOWN.abstract), "id"),
-        (Paper("KNOWN"), None),
-        (Paper("new", title=KNOWN.title, abstract=KNOWN.abstract), "title"),
-        (Paper("new", title="  SOIL carbon\tunder  drought: a 12-year record. "), "title"),
-        (Paper("new", title=wide(KNOWN.title)), "title"),
-        (Paper("new", title="Soil carbon under drought: a 13-year record"), None),
-        (Paper("new", title="Soil carbon"), None),
-        (Paper("new", abstract=KNOWN.abstract.upper() + "."), "abstract"),
-        (Paper("new", title="Another title", abstract=edited(KNOWN.abstract, 4)), "abstract"),
-        (
-            Paper(
-                "new",
-                abstract=(
-                    f"Abstract. {KNOWN.abstract} All rights reserved by the publisher of this"
-                    " journal."
-                ),
-            ),
-            "abstract",
-        ),
-        (Paper("new", abstract=" ".join(KNOWN.abstract.split()[:130])), "abstract"),
-        (Paper("new", abstract=edited(KNOWN.abstract, 60)), None),
-        (Paper("new", abstract=" ".join(KNOWN.abstract.split()[:20]) + " " + abstract(2)), None),
-        (Paper("new", abstract=abstract(2)), None),
-        (Paper("new", summaries=("One.", "Two.")), None),
-    ],
-)
-def test_a_paper_is_known_by_id_title_or_near_equal_abstract(
-    paper: Paper, reason: str | None
-) -> None:
-    assert (
-        SeenPapers([Paper("other", "Other title", abstract(3)), KNOWN, Paper("bare")]).reason(paper)
-        == reason
-    )
-
-
-def test_papers_without_title_and_abstract_match_by_id_only() -> None:
-    seen = SeenPapers(
-        [Paper("a"), Paper("b", title=" ", abstract=" \n"), Paper("c", abstract="...")]
-    )
-    assert [
-        seen.reason(paper)
-        for paper in (Paper("x"), Paper("y", title=" "), Paper("z", abstract="?!"), Paper("a"))
-    ] == [None, None, None, "id"]
-
-
-def test_real_abstracts_are_found_when_edited_and_not_confused_with_their_topic() -> None:
-    """The sample papers: four on each topic, in the same terms. Each is found again with four words
-    changed, and never for another paper.
-    """
-    papers = sample("sample_test.jsonl")
-    seen = SeenPapers()
-    # none is found among those before it, of which up to three share its topic
-    for paper in papers:
-        assert seen.reason(paper) is None
-        seen.add(paper)
-    found = Counter(
-        seen.reason(Paper(f"new {i}", title=f"New {i}", abstract=edited(paper.abstract, 4)))
-        for i, paper in enumerate(papers)
-    )
-    assert found == {"abstract": len(papers)}
-    assert drop_seen(sample("sample_train.jsonl"), seen)[1] == {}
-
-
-def test_a_copied_abstract_is_found_even_if_all_of_it_was_pieced_together() -> None:
-    """Guards against: an 8-gram belongs to the first abstract that held it, so a collection's own
-    abstract made of three others is not found.
-    """
-    thirds = [abstract(seed, 50) for seed in (4, 5, 6)]
-    pieced = " ".join(thirds)
-    seen = SeenPapers(
-        [
-            *(
-                Paper(f"{i}", abstract=f"{part} {abstract(10 + i, 60)}")
-                for i, part in enumerate(thirds)
-            ),
-            Paper("pieced", abstract=pieced),
-        ]
-    )
-    assert seen.reason(Paper("new", abstract=pieced)) == "abstract"
-
-
-def test_dropped_papers_are_counted_by_reason() -> None:
-    fresh = [Paper("a", "Title a", abstract(2)), Paper("b")]
-    copies = [
-        Paper("known"),
-        Paper("c", KNOWN.title.upper()),
-        Paper("d", KNOWN.title, KNOWN.abstract),
-        Paper("e", "Title e", KNOWN.abstract),
-    ]
-    kept, dropped = drop_seen([fresh[0], *copies, fresh[1]], SeenPapers([KNOWN]))
-    assert kept == fresh
-    assert dropped == {"id": 1, "title": 2, "abstract": 1}
 
 
 # Halves of an abstract

@@ -17,8 +17,8 @@ from fake_llm_server import FakeServer
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands that other checks run: make's own targets, by the reader and by CI, which is `make test`.
 ELSEWHERE = {"make quickstart", "make test", "make local-llm", "make bench", "make torture"}
-# Those that need the Hub, a language model or a GPU run on stand-ins in test_collect_papers.py,
-# test_language_model.py and test_training.py.
+# Those that need the Hub, a language model or a GPU run on
+# stand-ins in the tests of the scripts.
 NEEDS_MORE = (
     "--source",
     "--base-url http://127.0.0.1:8001",
@@ -37,10 +37,10 @@ SCRIPTS = (
     "search_papers.py",
     "publish_model.py",
 )
-# the folder of commands that need each other: they run in one test, in their order
-ROAD = "runs/few"
-# their commands run in test_search_papers.py, in their order
-USE = ("embed_papers.py", "search_papers.py")
+# The commands that write to this folder need each other: one test runs them in their order.
+PIPELINE = "runs/few"
+# The commands of these scripts run in test_search_papers.py, in their order.
+RUN_ELSEWHERE = ("embed_papers.py", "search_papers.py")
 
 
 def blocks(language: str) -> list[str]:
@@ -62,9 +62,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    (folder / "docs").mkdir()
-    for name in ("docs/report_template.html", "docs/model_card.md.j2", "CITATION.cff"):
-        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "semcse", folder / "semcse")
+    shutil.copy(ROOT / "CITATION.cff", folder)
     (folder / "data").mkdir()
     for name in ("sample_train.jsonl", "sample_test.jsonl"):
         lines = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -88,12 +87,12 @@ def test_command_that_needs_more_is_understood(command: str) -> None:
     assert all(re.search(rf"{word}\b", known) for word in words if word.startswith("--"))
 
 
-def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Path) -> None:
-    """The commands of "Your own summaries and queries, offline", in their order, with a stand-in
-    for the server of `make local-llm`.
+def test_the_pipeline_from_papers_to_a_benchmark_with_a_language_model(workspace: Path) -> None:
+    """The commands of "Your own summaries and queries, offline", in their order, with a fake
+    server in place of that of `make local-llm`.
     """
-    road = [command for command in commands() if ROAD in command]
-    assert [shlex.split(command)[1].split("_")[0] for command in road] == [
+    pipeline = [command for command in commands() if PIPELINE in command]
+    assert [shlex.split(command)[1].split("_")[0] for command in pipeline] == [
         "collect",
         "generate",
         "collect",
@@ -102,14 +101,14 @@ def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Pa
         "semantic",
     ]
     with FakeServer() as server:
-        for command in road:
+        for command in pipeline:
             done = run_script(
                 *shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[1:],
                 cwd=workspace,
             )
             assert done.returncode == 0, f"{command}\n{done.stderr}"
     report = json.loads(
-        (workspace / ROAD / "benchmark" / "benchmark.json").read_text(encoding="utf-8")
+        (workspace / PIPELINE / "benchmark" / "benchmark.json").read_text(encoding="utf-8")
     )
     assert [model["tasks"]["query"]["n"] for model in report["models"]] == [24, 24]
 
@@ -121,8 +120,8 @@ def test_the_road_from_papers_to_a_benchmark_with_a_language_model(workspace: Pa
         for command in dict.fromkeys(commands())
         if command not in ELSEWHERE
         and not needs_more(command)
-        and ROAD not in command
-        and shlex.split(command)[1] not in USE
+        and PIPELINE not in command
+        and shlex.split(command)[1] not in RUN_ELSEWHERE
     ],
 )
 def test_command(command: str, workspace: Path) -> None:

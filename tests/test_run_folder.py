@@ -1,20 +1,20 @@
-"""semcse/run_folder.py: which runs count as finished, what a resumed run may change, and what a kill
-leaves.
-"""
+"""semcse/run_folder.py: which runs are finished, what resumed runs may change, what kills leave."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from disk_states import put_file, put_folder, states_of, tree
 
 from semcse import files, run_folder
@@ -178,15 +178,48 @@ def test_a_folder_with_other_files_is_refused_and_not_touched(tmp_path: Path, co
     assert tree(tmp_path) == {f"papers/{content}": "mine"}
 
 
-def test_the_working_folder_is_refused_as_an_output_folder(tmp_path: Path) -> None:
-    """Regression: "." has no last name from which to make the name of the lock."""
+OPEN = """
+import sys
+from pathlib import Path
+from semcse.command_line import run_command
+from semcse.run_folder import RunFolder
+def command():
+    with RunFolder.locked(Path(sys.argv[1])) as folder:
+        folder.begin({}, {}, resume=False)
+sys.exit(run_command(command))
+"""
+# Numbers of the Linux kernel: the right to override permissions, and the request to drop a right.
+CAP_DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24
+
+
+def obey_permissions() -> None:
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "output, code, said",
+    [
+        # Regression: "." has no last name from which to make the name of the lock.
+        (".", 2, r"error: --output-dir [^\n]+; name another folder\n"),
+        ("locked/run", 1, r"error: Permission denied \([^\n]+\); check the permissions\n"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_reported_in_one_line(
+    tmp_path: Path, output: str, code: int, said: str
+) -> None:
     put_file(tmp_path / "thesis.tex", "mine")
-    code = "import sys; from semcse.command_line import run_command\n"
-    code += "from semcse.run_folder import RunFolder; from pathlib import Path\n"
-    code += "sys.exit(run_command(lambda: RunFolder.locked(Path('.')).__enter__()))"
-    done = run_script("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: --output-dir [^\n]+; [^\n]+\n", done.stderr)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, output],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=obey_permissions,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(said, done.stderr)
     assert tree(tmp_path) == {"thesis.tex": "mine"}
 
 

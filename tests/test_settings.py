@@ -1,5 +1,5 @@
-"""settings.py: which value wins, what the one line `metric` switches, what --help says and how
-fast, and which values are refused.
+"""settings.py: which value wins, what the line `metric` switches, what --help says, and which
+values are refused.
 """
 
 from __future__ import annotations
@@ -9,11 +9,7 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
-import resource
-import subprocess
-import sys
 import tokenize
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,9 +19,9 @@ from conftest import ROOT, run_script
 
 from semcse.command_line import run_command
 from semcse.errors import UserError
+from semcse.run_folder import FREE_ON_RESUME
 from semcse.types import Metric
 from settings import (
-    FREE_ON_RESUME,
     MARGINS,
     PROFILES,
     TEMPERATURES,
@@ -34,6 +30,7 @@ from settings import (
     complete,
     default_settings,
     parse_settings,
+    require_files,
 )
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -255,38 +252,41 @@ def test_help_of_a_profile_shows_its_values() -> None:
         assert f"(default: {value})" in said
 
 
-def entry_scripts() -> list[str]:
-    return sorted(
-        path.name
-        for path in ROOT.glob("*.py")
-        if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
-    )
-
-
-@pytest.mark.parametrize("script", entry_scripts())
-def test_help_answers_within_a_second_without_torch(script: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = {
-        line.rpartition("|")[2].strip().partition(".")[0]
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
+def test_the_paper_profile_is_the_published_setting() -> None:
+    """A change of these values is a change of what the project claims to reproduce."""
+    paper = dataclasses.asdict(parse_settings(["--profile", "paper"]))
+    published = {
+        "metric": "euclidean",
+        "encoder": "KISTI-AI/Scideberta-full",
+        "pooling": "cls",
+        "loss": "triplet",
+        "margin": 1.0,
+        "batch_size": 32,
+        "max_steps": 40_000,
+        "learning_rate": 2e-5,
+        "weight_decay": 1e-4,
+        "warmup_steps": 0,
+        "decay": False,
+        "clip_norm": 0.0,
+        "joined_share": 0.0,
+        "start_share": 0.0,
+        "train_max_length": 128,
+        "validation_papers": 150,
+        "validate_every": 1_000,
+        "patience": 7,
     }
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-    assert {"settings", "tyro"} <= imported
-    assert imported.isdisjoint(
-        {"torch", "transformers", "datasets", "sklearn", "openai", "matplotlib"}
-    )
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert {name: paper[name] for name in published} == published
 
 
-def test_main_is_an_entry_script() -> None:
-    assert {"main.py", "semantic_benchmark.py"} <= set(entry_scripts())
+def test_a_missing_file_of_the_paper_profile_names_the_scripts_that_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"train_summaries.*collect_papers.*generate_train_summaries"
+    ):
+        require_files(parse_settings(["--profile", "paper"]))
+    require_files(parse_settings(["--train-file", "elsewhere.jsonl", "--eval-file", "no.jsonl"]))
 
 
 # Ranges
