@@ -88,6 +88,10 @@ class BatchRun(GenerationRun):
                 f"--base-url {url} has no Batch API ({error})",
                 "check the address and the key, or leave --batch out",
             ) from None
+        self._read_notes()
+
+    def _read_notes(self) -> None:
+        """Read which uploads are in progress, and check that they belong to this command."""
         for _, row in Journal.scan(self.path) if self.path.exists() else ():
             self.uploads.setdefault(row["file"], {}).update(row)
         self.uploads = {file: row for file, row in self.uploads.items() if "done" not in row}

@@ -239,21 +239,17 @@ class GenerationRun:
         self.failed[pending.paper.id] = pending.reasons
 
     def record(
-        self,
-        pending: PendingPaper,
-        slots: list[int],
-        answer: Answer,
-        recorded: Collection[int] = (),
+        self, pending: PendingPaper, slots: list[int], answer: Answer, done: Collection[int] = ()
     ) -> list[int]:
         """Judge the texts of an answer, append them to the journal, accepted or not, and return the
-        slots whose texts were rejected. Slots in `recorded` are in the journal already.
+        slots whose texts were rejected. Slots in `done` are in the journal already.
         """
         texts = [answer.text]
         if self.task.structured:
             texts = [*parse_texts(answer.text), *[""] * len(slots)]
         left, tokens = [], (answer.prompt_tokens, answer.completion_tokens)
         for slot, text in zip(slots, map(clean, texts), strict=False):
-            if slot in recorded:
+            if slot in done:
                 tokens = (0, 0)
                 continue
             text, reason = self._judge(pending, text, answer.cut)

@@ -88,10 +88,8 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
             return read_answer(response.content)
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Send a request or a retry as soon as fewer than `limit` are in flight.
-
-        Raises:
-            httpx2.RequestError: there was no complete answer; the openai package tries again.
+        """Send a request or a retry as soon as fewer than `limit` are in flight. The openai package
+        tries again after an httpx2.RequestError.
         """
         while self.in_flight >= self.limit and not self.stopping:
             await asyncio.sleep(0.1)
