@@ -1,12 +1,12 @@
-"""Abstracts -> one search query each, as a person would type it, by a language model: the queries
-of the benchmark's query task.
+"""Generates one search query for each abstract with a language model: the queries of the
+benchmark's query task.
 
-python generate_search_queries.py --input papers.jsonl --output papers_with_queries.jsonl --base-url
-http://127.0.0.1:8000/v1 --model NAME
+    python generate_search_queries.py --input papers.jsonl --output papers_with_queries.jsonl \\
+        --base-url http://127.0.0.1:8000/v1 --model NAME
 
-The queries of the SemCSE paper are by Mistral 3.1 small
-(mistralai/Mistral-Small-3.1-24B-Instruct-2503); its prompt is unknown, this one is ours. A run can
-be killed at any time; the same command goes on and sends only what is missing.
+A run can be killed at any time; the same command continues and requests only what is missing. The
+queries of the SemCSE paper are by mistralai/Mistral-Small-3.1-24B-Instruct-2503. The prompt is
+ours, because theirs is not in the authors' README, model card or main.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 from semcse import command_line
 from semcse.batch_api import BatchRun
-from semcse.generation import Run, run_job
-from semcse.llm import Flags
-from semcse.quality_gate import Job, Prompt
+from semcse.generation import GenerationRun, GenerationTask, Prompt, generate_texts
+from semcse.generation_flags import GenerationFlags
 
-# A query by somebody who wants this very paper's content and does not know the paper: their words,
-# not the title's, and specific enough to find it first.
+# The query of somebody who looks for the content of this paper and does not know the paper: not in
+# the words of the title, and specific enough to find the paper first.
 QUERY = Prompt(
     "query",
     "You write short search queries, as researchers type them into the search box of a library.",
@@ -32,22 +31,26 @@ QUERY = Prompt(
 
 
 @dataclass(frozen=True)
-class Command(Flags):
+class Command(GenerationFlags):
     """Write one search query for every abstract of a papers file."""
 
-    max_tokens: int = 40  # most tokens of a query; longer ones are refused as cut off
+    max_tokens: int = 40  # most tokens of a query; longer queries are rejected as cut off
     overwrite: bool = False  # also write new queries for papers that have one
 
 
 def main() -> None:
-    """Parse, generate, write."""
+    """Parse the command line and generate the queries."""
     command = command_line.parse_command_line(Command, None, Command())
     command_line.log_to_stderr()
-    run_job(
-        command,
-        Job("query", (QUERY,), texts=1, least=1, words=(2, 16), keep=not command.overwrite),
-        BatchRun if command.batch else Run,
+    task = GenerationTask(
+        key="query",
+        prompts=(QUERY,),
+        texts=1,
+        min_texts=1,
+        words=(2, 16),
+        keep_existing=not command.overwrite,
     )
+    generate_texts(command, task, BatchRun if command.batch else GenerationRun)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Abstracts -> several one-sentence summaries of each, by a language model: the texts that
+"""Generates several one-sentence summaries of each abstract with a language model: the texts that
 contrastive training pulls together.
 
-python generate_train_summaries.py --input papers.jsonl --output data/train_summaries.jsonl.gz
---base-url http://127.0.0.1:8000/v1 --model NAME
+    python generate_train_summaries.py --input papers.jsonl --output summaries.jsonl.gz \\
+        --base-url http://127.0.0.1:8000/v1 --model NAME
 
 The summaries of one paper take different views of it, so that they differ in words and agree in
-what they are about. A run can be killed at any time; the same command goes on and sends only what
-is missing. The paper's own prompts are unknown; these are ours. Sampling as in the same group's
-SemCSE-Multi.
+content. A run can be killed at any time; the same command continues and requests only what is
+missing. The prompts are ours, because those of the SemCSE paper are not in the authors' README,
+model card or main.py. The sampling parameters are those of SemCSE-Multi, by the same group.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from semcse import command_line, errors
+from semcse import command_line
 from semcse.batch_api import BatchRun
-from semcse.generation import Run, run_job
-from semcse.llm import Flags
-from semcse.quality_gate import Job, Prompt
+from semcse.errors import UserError
+from semcse.generation import GenerationRun, GenerationTask, Prompt, generate_texts
+from semcse.generation_flags import GenerationFlags
 
-# What every summary must be: one sentence that stands alone, so that read without the abstract it
-# still says which paper it belongs to. The demands are few and the last stands in the task: small
-# models follow what they read last, and copy or ignore long instructions.
+# A summary is one sentence that says which paper it belongs to even without the abstract. The
+# instructions are few, and the last one is in the task, because small models follow what they read
+# last, and copy or ignore long instructions.
 SYSTEM = (
     "You write short factual sentences about science: in your own words, specific, and"
     " understandable alone."
@@ -32,8 +32,7 @@ FORM = (
     'as a fact in one sentence of at most 40 words. Begin with its subject, not with "the study" or'
     ' "this paper".'
 )
-# One view each: what came out, why it matters, how it was found, what follows, and all of it in
-# short.
+# One view for each summary.
 VIEWS = {
     "finding": f"State the main finding above {FORM}",
     "importance": f"State why the subject above is important or difficult {FORM}",
@@ -41,7 +40,7 @@ VIEWS = {
     "consequence": f"State what the finding above means for its subject in practice {FORM}",
     "whole": f"State subject, approach and finding of the above together {FORM}",
 }
-# The same in one request; the views keep the sentences apart.
+# All summaries in one request. The views make the sentences differ.
 ALL_AT_ONCE = (
     "Write {n} different sentences, each with another view of the above: its finding, its"
     " importance, its method, what follows from it, the whole. "
@@ -51,35 +50,34 @@ ALL_AT_ONCE = (
 
 
 @dataclass(frozen=True)
-class Command(Flags):
+class Command(GenerationFlags):
     """Write several one-sentence summaries of every abstract of a papers file."""
 
-    # summaries wanted of each abstract, at least 2; raising it later sends only the new ones
+    # Summaries of each abstract, at least 2. Raise it later to request only the new ones.
     summaries_per_abstract: int = 4
-    # one request per abstract for all its summaries, with a JSON schema: fewer tokens read, less
-    # variety
+    # Request all summaries of an abstract at once, with a JSON schema: fewer tokens, less variety.
     structured: bool = False
 
 
 def main() -> None:
-    """Parse, generate, write."""
+    """Parse the command line and generate the summaries."""
     command = command_line.parse_command_line(Command, None, Command())
     if command.summaries_per_abstract < 2:
-        raise errors.UserError(
-            "--summaries-per-abstract is out of range", "give at least 2: training needs pairs"
+        raise UserError(
+            "--summaries-per-abstract is out of range",
+            "give at least 2, because training needs pairs",
         )
     command_line.log_to_stderr()
-    prompts = (
-        [Prompt("all at once", SYSTEM, ALL_AT_ONCE)]
-        if command.structured
-        else [Prompt(name, SYSTEM, task) for name, task in VIEWS.items()]
+    views = {"all at once": ALL_AT_ONCE} if command.structured else VIEWS
+    task = GenerationTask(
+        key="summaries",
+        prompts=tuple(Prompt(name, SYSTEM, text) for name, text in views.items()),
+        texts=command.summaries_per_abstract,
+        min_texts=2,
+        words=(6, 80),
+        structured=command.structured,
     )
-    texts = command.summaries_per_abstract
-    run_job(
-        command,
-        Job("summaries", tuple(prompts), texts, least=2, words=(6, 80), at_once=command.structured),
-        BatchRun if command.batch else Run,
-    )
+    generate_texts(command, task, BatchRun if command.batch else GenerationRun)
 
 
 if __name__ == "__main__":

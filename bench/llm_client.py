@@ -1,10 +1,10 @@
-"""Throughput of the language-model client against a bare AsyncOpenAI gather with the same cap, both
-on a local server that answers after 200 ms.
+"""Throughput of the language-model client next to a plain asyncio.gather over AsyncOpenAI with the
+same concurrency, both on a local server that answers after one second.
 
-python bench/llm_client.py     prints one row of figures: under a minute
+python bench/llm_client.py     prints one row of figures, after about a minute
 
-Ours does the whole of a run's middle part: keys, prompts, judging, journal, progress bar. The peer
-only sends the same bodies and reads the texts.
+Ours does everything that a run does between survey and output: keys, prompts, quality gate,
+journal, progress bar. The peer only sends the same bodies and reads the texts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 
@@ -29,23 +29,18 @@ sys.path.insert(0, str(ROOT))
 
 from generate_train_summaries import SYSTEM, VIEWS
 from semcse.command_line import StopSignal
-from semcse.generation import Answers, Run
-from semcse.llm import Flags
-from semcse.quality_gate import Job, Prompt
+from semcse.generation import AnswerJournal, GenerationRun, GenerationTask, Prompt
+from semcse.generation_flags import GenerationFlags
 
-CONCURRENCY, LATENCY = 256, 0.2
-OURS, THEIRS = 40 * CONCURRENCY, 6 * CONCURRENCY  # requests; the peer is slower and needs fewer
+CONCURRENCY, LATENCY = 256, 1.0
+REQUESTS = 24 * CONCURRENCY
 
 
 @contextlib.contextmanager
-def fake_server() -> Any:
-    """The base URL of a local server in a process of its own."""
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "fake_llm_server.py"),
-        "--latency",
-        str(LATENCY),
-    ]
+def fake_server() -> Iterator[str]:
+    """Start a local server in another process; the value is its base URL."""
+    script = ROOT / "tests" / "fake_llm_server.py"
+    command = [sys.executable, str(script), "--latency", str(LATENCY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -54,52 +49,48 @@ def fake_server() -> Any:
             process.kill()
 
 
-def make_run(folder: Path, url: str, requests: int) -> Run:
-    """A run of four summaries each for made-up papers of 200 words."""
-    papers = (
-        {
-            "id": str(i),
-            "title": f"Title number {i}",
-            "abstract": " ".join(f"word{i + j}" for j in range(200)),
-        }
-        for i in range(requests // 4)
-    )
-    (folder / "papers.jsonl").write_text(
-        "".join(json.dumps(paper) + "\n" for paper in papers), encoding="utf-8"
-    )
-    flags = Flags(
-        folder / "papers.jsonl", folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY
-    )
-    prompts = tuple(Prompt(name, SYSTEM, task) for name, task in VIEWS.items())
-    return Run(flags, Job("summaries", prompts, 4, 2, (6, 80)), Answers(folder / "journal.jsonl"))
+def make_run(folder: Path, url: str) -> GenerationRun:
+    """Return a run that requests four summaries each of made-up papers of 200 words."""
+    source = folder / "papers.jsonl"
+    with source.open("w", encoding="utf-8") as lines:
+        for i in range(REQUESTS // 4):
+            abstract = " ".join(f"word{i + j}" for j in range(200))
+            row = {"id": str(i), "title": f"Title number {i}", "abstract": abstract}
+            lines.write(json.dumps(row) + "\n")
+    flags = GenerationFlags(source, folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY)
+    prompts = tuple(Prompt(name, SYSTEM, text) for name, text in VIEWS.items())
+    task = GenerationTask("summaries", prompts, texts=4, min_texts=2, words=(6, 80))
+    return GenerationRun(flags, task, AnswerJournal(folder / "journal.jsonl"))
 
 
-def timed(
-    work: Callable[[], Coroutine[Any, Any, None]], requests: int
-) -> tuple[float, float, float]:
-    """(seconds, processor seconds, MiB of additional peak memory) per 1,000 requests."""
-    seconds, processor, memory = (
-        time.perf_counter(),
-        time.process_time(),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    )
+class Cost(NamedTuple):
+    """What 1,000 requests need."""
+
+    seconds: float
+    processor_seconds: float
+    mib: float  # of additional peak memory
+
+
+def measure_cost(work: Callable[[], Coroutine[Any, Any, None]]) -> Cost:
+    """Run a coroutine that sends REQUESTS requests."""
+
+    def state() -> tuple[float, float, float]:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return time.perf_counter(), time.process_time(), memory
+
+    before = state()
     asyncio.run(work())
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    return tuple(
-        value * 1000 / requests
-        for value in (time.perf_counter() - seconds, time.process_time() - processor, grown)
-    )  # type: ignore[return-value]
+    pairs = zip(before, state(), strict=True)
+    return Cost(*((after - earlier) * 1000 / REQUESTS for earlier, after in pairs))
 
 
-async def bare_gather(url: str, bodies: list[dict[str, Any]]) -> None:
-    """The peer: one task for each request, a semaphore as the cap."""
-    client, cap = (
-        openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0),
-        asyncio.Semaphore(CONCURRENCY),
-    )
+async def plain_gather(url: str, bodies: list[dict[str, Any]]) -> None:
+    """The peer: one task for each request, and a semaphore that limits the concurrency."""
+    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
+    semaphore = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(body: dict[str, Any]) -> str:
-        async with cap:
+        async with semaphore:
             answer = await client.chat.completions.create(**body)
             return str(answer.choices[0].message.content)
 
@@ -109,34 +100,34 @@ async def bare_gather(url: str, bodies: list[dict[str, Any]]) -> None:
 
 
 def measure() -> dict[str, Any]:
-    """One row of the benchmark's results; `ratio` above 1 means that ours is faster."""
+    """Return one row of the benchmark's results; a `ratio` above 1 means that ours is faster."""
     with fake_server() as url, tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder), url, OURS)
+        run = make_run(Path(folder), url)
         run.survey()
         with contextlib.closing(run.answers), StopSignal() as stop:
-            ours = timed(lambda: run.send(stop), OURS)
-        assert run.count["accepted"] == OURS
-        bodies = [
-            run.body(paper, [0, 1, 2, 3], [slot]) for paper in run.papers() for slot in range(4)
-        ][:THEIRS]
-        theirs = timed(lambda: bare_gather(url, bodies), THEIRS)
+            ours = measure_cost(lambda: run.send(stop))
+            assert run.count["accepted"] == REQUESTS
+            bodies = [
+                run.body(paper, [0, 1, 2, 3], [i]) for paper in run.papers() for i in range(4)
+            ]
+        theirs = measure_cost(lambda: plain_gather(url, bodies))
     return {
         "operation": "llm_client_vs_async_openai",
         "peer": "asyncio.gather over AsyncOpenAI().chat.completions.create",
         "peer_version": openai.__version__,
-        "ours_s": ours[0],
-        "theirs_s": theirs[0],
-        "ratio": theirs[0] / ours[0],
+        "ours_s": ours.seconds,
+        "theirs_s": theirs.seconds,
+        "ratio": theirs.seconds / ours.seconds,
         "goal": 1.0,
         "share_of_gemm_peak": None,
-        "agreement": f"{OURS} of {OURS} answers accepted and journalled",
+        "agreement": f"{REQUESTS} of {REQUESTS} answers accepted and journalled",
         "unit": "seconds per 1,000 requests",
-        "share_of_ideal": LATENCY / CONCURRENCY * 1000 / ours[0],
+        "share_of_ideal": LATENCY / CONCURRENCY * 1000 / ours.seconds,
         "share_of_ideal_goal": 0.95,
-        "ours_cpu_s": ours[1],
-        "theirs_cpu_s": theirs[1],
-        "ours_mib": ours[2],
-        "theirs_mib": theirs[2],
+        "ours_cpu_s": ours.processor_seconds,
+        "theirs_cpu_s": theirs.processor_seconds,
+        "ours_mib": ours.mib,
+        "theirs_mib": theirs.mib,
     }
 
 

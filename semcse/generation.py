@@ -1,11 +1,10 @@
-"""Prompts in, texts out: the only code that knows the API of language models (OpenAI's chat
-completions, which vLLM and most servers speak).
+"""Generates texts on papers with a language model, and never pays for the same text twice.
 
-A job wants some short texts of every paper. Each wanted text is a slot, known by a hash of all that
-decides its answer. Every answer goes into `<output>.journal.jsonl` as it arrives, and slots with an
-accepted answer are never sent again: a run that was killed, or that gets more papers or wants more
-texts, pays only for what is missing. The input is streamed three times: to check and count it, to
-send what is missing, to write the output in its order.
+A task wants some short texts of every paper. Each wanted text is a slot, and its key is a hash of
+everything that decides the answer. Every answer is appended to `<output>.journal.jsonl` as soon as
+it arrives, and a slot with an accepted text is never requested again: a run that was killed, or
+that wants more texts than before, pays only for what is missing. A run reads its input three times:
+to count what is missing (survey), to request it (send), and to write the output in order (write).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -30,491 +29,76 @@ from semcse import files
 from semcse.command_line import StopSignal
 from semcse.errors import RunError, UserError
 from semcse.files import Journal
-from semcse.llm import Answer, Client, Flags, Unanswered, check
+from semcse.generation_flags import GenerationFlags, check_flags
+from semcse.llm import Answer, Unanswered
 from semcse.papers import Paper, read_papers, shard_slice
-from semcse.quality_gate import Job, clean, judge, parse_texts
+from semcse.quality_gate import clean, judge, parse_texts
+
+if TYPE_CHECKING:
+    from semcse.server_pool import ServerPool
 
 log = logging.getLogger(__name__)
 
-GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight: they are paid
-CHARS_PER_TOKEN = 4  # rule of thumb for English, for --estimate and what batches under way may cost
-BATCH_PRICE = 0.5  # share of its price that an answer from a batch costs [OpenAI]
+GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight, because they are paid
+CHARS_PER_TOKEN = 4  # a rule of thumb for English, for estimates of costs
+BATCH_PRICE = 0.5  # what a token costs in a batch, as a share of its usual price [OpenAI]
 
 
-# The run
+@dataclass(frozen=True)
+class Prompt:
+    """One instruction to the model."""
+
+    name: str
+    system: str
+    task: str  # follows the paper's text; "{n}" in it becomes the number of texts to write
 
 
-class Answers:
-    """The journal, and where in it the accepted text of each slot stands: two integers a text, so
-    that millions fit into memory.
-    """
+@dataclass(frozen=True)
+class GenerationTask:
+    """What a script wants of every paper."""
 
-    def __init__(self, path: Path) -> None:
-        path.touch()
-        with path.open("rb") as journal:
-            lines = sum(1 for _ in journal)
-        self.journal = Journal(path, keep=_is_whole)
-        self.offsets: dict[int, int] = {}
-        # refused answers by slot: a new attempt gets a new seed
-        self.rejected: Counter[int] = Counter()
-        # read and written, and the share in both of answers from batches
-        self.tokens = [0, 0, 0, 0]
-        for offset, row in Journal.scan(path):
-            self._note(offset, row)
-            lines -= 1
-        if lines:
-            log.warning(
-                "%s: left out %d torn or damaged rows; what they held is asked for again",
-                path,
-                lines,
-            )
+    key: Literal["summaries", "query"]  # key of the papers file that holds the texts
+    prompts: tuple[Prompt, ...]  # slot i uses prompt i modulo their number
+    texts: int  # texts wanted of a paper
+    min_texts: int  # papers with fewer texts are not written
+    words: tuple[int, int]  # fewest and most words of a text
+    structured: bool = False  # request all missing texts of a paper at once, with a JSON schema
+    keep_existing: bool = False  # request nothing for papers that have a text already
 
-    def _note(self, offset: int, row: dict[str, Any]) -> None:
-        if "rejected" in row:
-            self.rejected[row["key"]] += 1
-        else:
-            self.offsets[row["key"]] = offset
-        tokens = [row["prompt_tokens"], row["completion_tokens"]]
-        self.tokens = [
-            old + new
-            for old, new in zip(
-                self.tokens, tokens + (tokens if "batch" in row else [0, 0]), strict=True
-            )
-        ]
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep one answer for good."""
-        self._note(self.journal.append(row | {"sum": _sum(row)}), row)
-
-    def texts(self, keys: list[int]) -> dict[int, str]:
-        """Slot -> accepted text, of slots with these keys."""
-        return {
-            slot: self.journal.row_at(self.offsets[key])["text"]
-            for slot, key in enumerate(keys)
-            if key in self.offsets
-        }
-
-    def close(self) -> None:
-        """Close the journal; an empty one is removed."""
-        self.journal.close()
-        if not self.journal.path.stat().st_size:
-            self.journal.path.unlink()
+    @property
+    def told(self) -> str:
+        """Everything the model is told in any request, each part once."""
+        parts = [part for prompt in self.prompts for part in (prompt.system, prompt.task)]
+        return " ".join(dict.fromkeys(parts))
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row of the journal is as it was written. Rows of earlier versions have no sum."""
-    kinds = {
-        "key": int,
-        "id": str,
-        "slot": int,
-        "text": str,
-        "prompt_tokens": int,
-        "completion_tokens": int,
-    }
-    return all(type(row.get(name)) is kind for name, kind in kinds.items()) and row.get(
-        "sum", _sum(row)
-    ) == _sum(row)
-
-
-def _sum(row: dict[str, Any]) -> str:
-    return _hash(*sorted((name, value) for name, value in row.items() if name != "sum")).hex()
-
-
-@dataclass
-class Work:
-    """One paper of which texts are missing."""
-
-    paper: Paper
-    number: int  # its place in the input: decides which server is asked
-    keys: list[int]  # by slot
-    texts: dict[int, str]  # accepted so far, by slot
-    # why answers were refused or did not come
-    reasons: Counter[str] = field(default_factory=Counter)
-    taken: bool = True  # the server takes its text
-
-
-class Run:
-    """One run of a job: sends what is missing, judges what comes, writes what there is."""
-
-    def __init__(self, flags: Flags, job: Job, answers: Answers) -> None:
-        self.flags, self.job, self.answers, self.started = flags, job, answers, time.monotonic()
-        self.count, self.rejected, self.faults = Counter[str](), Counter[str](), Counter[str]()
-        self.failed: dict[str, Counter[str]] = {}  # paper id -> reasons
-        self.tokens_before = list(answers.tokens)
-
-    def papers(self) -> Iterator[Paper]:
-        """The papers of this shard of the input, from its beginning."""
-        part = shard_slice(self.flags.shard)
-        return itertools.islice(
-            read_papers(self.flags.input, need=("abstract",), skip_invalid=self.flags.skip_invalid),
-            part.start,
-            None,
-            part.step,
-        )
-
-    def cost(self, tokens: list[int]) -> float:
-        """Price of tokens, counted as in Answers."""
-        read, written = (tokens[i] - (1 - BATCH_PRICE) * tokens[i + 2] for i in (0, 1))
-        return (read * self.flags.price_in + written * self.flags.price_out) / 1e6
-
-    def spent(self, reserved: float = 0.0) -> bool:
-        """Whether --max-cost is reached, given what requests under way may cost."""
-        return (
-            self.flags.max_cost is not None
-            and self.cost(self.answers.tokens) + reserved >= self.flags.max_cost
-        )
-
-    def keys(self, paper: Paper) -> list[int]:
-        """The slots wanted of a paper as 64-bit hashes of prompt, model, parameters, text and slot
-        number; none if it keeps what it has.
-        """
-        if self.job.keep and getattr(paper, self.job.key):
-            return []
-        shared = [
-            self.flags.model,
-            self.flags.temperature,
-            self.flags.top_p,
-            self.flags.max_tokens,
-            paper.title,
-            paper.abstract,
-        ]
-        slots = zip(range(self.job.texts), itertools.cycle(self.job.prompts), strict=False)
-        return [
-            int.from_bytes(_hash(prompt.system, prompt.task, *shared, slot), "big")
-            for slot, prompt in slots
-        ]
-
-    def missing(self, keys: list[int]) -> list[list[int]]:
-        """The slots without an accepted answer, parted into requests."""
-        slots = [slot for slot, key in enumerate(keys) if key not in self.answers.offsets]
-        return [slots] * bool(slots) if self.job.at_once else [[slot] for slot in slots]
-
-    def body(self, paper: Paper, keys: list[int], slots: list[int]) -> dict[str, Any]:
-        """One request: system, paper, task in this order, so that requests about one paper begin
-        alike and servers can reuse the prefix.
-        """
-        prompt, n, flags = (
-            self.job.prompts[slots[0] % len(self.job.prompts)],
-            len(slots),
-            self.flags,
-        )
-        seed = (keys[slots[0]] + self.answers.rejected[keys[slots[0]]]) % 2**31
-        text = (
-            f"Title: {paper.title}\n\nAbstract:"
-            f" {paper.abstract}\n\n{prompt.task.replace('{n}', str(n))}"
-        )
-        messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": text}]
-        sampling = {
-            "temperature": flags.temperature,
-            "top_p": flags.top_p,
-            "max_tokens": flags.max_tokens * n,
-            "seed": seed,
-        }
-        if not self.job.at_once:
-            return {"model": flags.model, "messages": messages, **sampling}
-        texts = {"type": "array", "items": {"type": "string"}, "minItems": n, "maxItems": n}
-        schema = {
-            "type": "object",
-            "properties": {"texts": texts},
-            "required": ["texts"],
-            "additionalProperties": False,
-        }
-        form = {
-            "type": "json_schema",
-            "json_schema": {"name": "texts", "strict": True, "schema": schema},
-        }
-        return {"model": flags.model, "messages": messages, **sampling, "response_format": form}
-
-    def survey(self) -> None:
-        """Check the whole input and count what is wanted and missing; with --estimate, say what
-        that would cost.
-        """
-        tokens = [0, 0]
-        for paper in self.papers():
-            keys = self.keys(paper)
-            requests = self.missing(keys)
-            self.count.update(
-                papers=1, texts=len(keys), missing=sum(map(len, requests)), requests=len(requests)
-            )
-            for body in (
-                self.body(paper, keys, slots) for slots in requests if self.flags.estimate
-            ):
-                tokens = [old + new for old, new in zip(tokens, most_tokens(body), strict=True)]
-        log.info(
-            "%(papers)d papers, %(texts)d texts wanted, %(missing)d missing: %(requests)d requests",
-            self.count,
-        )
-        if self.flags.estimate:
-            log.info(
-                "about %d tokens to read (%d characters each) and at most %d to write, not counting"
-                " retries",
-                tokens[0],
-                CHARS_PER_TOKEN,
-                tokens[1],
-            )
-            log.info(
-                "cost: at most about %.2f",
-                self.cost(tokens + (tokens if self.flags.batch else [0, 0])),
-            )
-
-    async def send(self, stop: StopSignal) -> None:
-        """Send all that is missing with a fixed number of workers. When that must end early,
-        answers in flight are waited for: they are paid.
-        """
-        client, source = Client(self.flags), self._source()
-        self.faults = client.faults
-        tasks = []
-        for _ in range(self.flags.concurrency):
-            tasks.append(asyncio.create_task(self._work(client, source)))
-            # its first request leaves before the next worker makes its own
-            await asyncio.sleep(0.0002)
-        done, running = set[asyncio.Task[None]](), set(tasks)
-        have = self.count["texts"] - self.count["missing"]
-        with tqdm(
-            total=self.count["texts"], initial=have, desc=self.job.key, unit="text", mininterval=1
-        ) as bar:
-            while (
-                running
-                and not stop.received
-                and not client.stopping.is_set()
-                and not any(task.exception() for task in done)
-            ):
-                done, running = await asyncio.wait(
-                    running, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION
-                )
-                bar.set_postfix(
-                    tokens=sum(self.answers.tokens[:2]),
-                    cost=f"{self.cost(self.answers.tokens):.2f}",
-                    failed=self.count["failed"],
-                    refresh=False,
-                )
-                bar.update(have + self.count["accepted"] - bar.n)
-        patience = self.flags.timeout if client.stopping.is_set() else GRACE
-        client.stopping.set()
-        await asyncio.wait(tasks, timeout=patience)
-        for task in tasks:
-            task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for server in client.servers:
-            await server.close()
-        for fault in ends:
-            if isinstance(fault, Exception):
-                raise fault
-
-    def _source(self) -> Iterator[tuple[Work, list[int]] | None]:
-        """All requests to send, those of one paper together; None now and then where papers need
-        none, to let other work go on.
-        """
-        for number, paper in enumerate(self.papers()):
-            keys = self.keys(paper)
-            requests = self.missing(keys)
-            work = Work(paper, number, keys, self.answers.texts(keys) if requests else {})
-            yield from ((work, slots) for slots in requests)
-            if not requests and number % 100 == 0:
-                yield None
-
-    async def _work(self, client: Client, source: Iterator[tuple[Work, list[int]] | None]) -> None:
-        """One worker: takes request after request from the source that all workers share."""
-        for item in source:
-            if item is None:
-                await asyncio.sleep(0)
-            else:
-                await self._fill(client, *item)
-            if client.stopping.is_set():
-                break
-
-    async def _fill(self, client: Client, work: Work, slots: list[int]) -> None:
-        """Ask for the texts of these slots until each has an accepted one or the attempts are used
-        up.
-        """
-        for _ in range(self.flags.attempts):
-            if self.spent():
-                client.stopping.set()
-            if not work.taken:
-                break
-            try:
-                answer = await client.ask(self.body(work.paper, work.keys, slots), work.number)
-            except Unanswered as fault:
-                work.reasons[fault.reason] += len(slots)
-                work.taken = fault.again
-                break
-            slots = self._judge(work, slots, answer) if answer else []
-            if not slots:
-                return
-        self.count["failed"] += len(slots)
-        self.failed[work.paper.id] = work.reasons
-
-    def _judge(
-        self, work: Work, slots: list[int], answer: Answer, kept: Collection[int] = ()
-    ) -> list[int]:
-        """Journal the texts of an answer, good or bad, and return the slots that still have none;
-        texts of slots in `kept` are in the journal already.
-        """
-        texts = (
-            [*parse_texts(answer.text), *[""] * len(slots)] if self.job.at_once else [answer.text]
-        )
-        left, tokens, batch = [], answer.tokens, {"batch": True} if self.flags.batch else {}
-        for slot, text in zip(slots, map(clean, texts), strict=False):
-            if slot in kept:  # and so are the tokens, with the first slot's
-                tokens = (0, 0)
-                continue
-            # of a cut list the whole texts are good
-            cut = answer.cut and not (self.job.at_once and text)
-            if self.job.key == "query":  # what follows on further lines explains the query
-                text, cut = text.partition("\n")[0], cut and "\n" not in text
-            reason = judge(text, work.paper, work.texts.values(), self.job, cut)
-            row = {
-                "key": work.keys[slot],
-                "id": work.paper.id,
-                "slot": slot,
-                "text": text,
-                "prompt_tokens": tokens[0],
-                "completion_tokens": tokens[1],
-            }
-            self.answers.add(row | batch | ({"rejected": reason} if reason else {}))
-            tokens = (0, 0)
-            if reason:
-                left.append(slot)
-                work.reasons[reason] += 1
-                self.rejected[reason] += 1
-            else:
-                work.texts[slot] = text
-                self.count["accepted"] += 1
-        return left
-
-    def write(self) -> None:
-        """Write the output in the input's order, and the list of papers that have fewer texts than
-        wanted.
-        """
-        output, failures = self.flags.output, Path(f"{self.flags.output}.failed.jsonl")
-        opened = gzip.open if output.suffix == ".gz" else open
-        with contextlib.ExitStack() as stack:
-            failed = stack.enter_context(
-                stack.enter_context(files.atomic_path(failures)).open("w", encoding="utf-8")
-            )
-            good = cast(
-                IO[str],
-                stack.enter_context(
-                    opened(stack.enter_context(files.atomic_path(output)), "wt", encoding="utf-8")
-                ),
-            )
-            for paper in self.papers():
-                keys = self.keys(paper)
-                texts = tuple(self.answers.texts(keys).values())
-                if len(texts) < len(keys):
-                    reasons = self.failed.get(paper.id) or {"not asked": len(keys) - len(texts)}
-                    failed.write(
-                        json.dumps(
-                            {
-                                "id": paper.id,
-                                "have": len(texts),
-                                "want": len(keys),
-                                "reasons": reasons,
-                            },
-                            ensure_ascii=False,
-                        )
-                        + "\n"
-                    )
-                    self.count["papers_failed"] += 1
-                if len(texts) >= min(self.job.least, len(keys)):
-                    row = paper.as_row() | (
-                        {self.job.key: texts if self.job.key == "summaries" else texts[0]}
-                        if texts
-                        else {}
-                    )
-                    good.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    self.count["papers_written"] += 1
-        if not self.count["papers_failed"]:
-            failures.unlink()
-
-    def report(self) -> None:
-        """Log what this run did and write it beside the output."""
-        tokens = [
-            now - before
-            for now, before in zip(self.answers.tokens, self.tokens_before, strict=True)
-        ]
-        report = {
-            **{
-                name: self.count[name]
-                for name in (
-                    "papers",
-                    "texts",
-                    "missing",
-                    "accepted",
-                    "failed",
-                    "papers_written",
-                    "papers_failed",
-                )
-            },
-            "rejected": dict(self.rejected.most_common()),
-            "faults": dict(self.faults.most_common()),
-            "prompt_tokens": tokens[0],
-            "completion_tokens": tokens[1],
-            "cost": self.cost(tokens),
-            "cost_of_all_runs": self.cost(self.answers.tokens),
-            "seconds": round(time.monotonic() - self.started, 1),
-            "prompts": {one.name: _hash(one.system, one.task).hex() for one in self.job.prompts},
-            **{
-                name: getattr(self.flags, name)
-                for name in (
-                    "model",
-                    "temperature",
-                    "top_p",
-                    "max_tokens",
-                    "attempts",
-                    "concurrency",
-                    "batch",
-                )
-            },
-        }
-        files.write_json(Path(f"{self.flags.output}.report.json"), report)
-        log.info("%s", "; ".join(f"{name}: {value}" for name, value in report.items()))
-
-
-def most_tokens(body: dict[str, Any]) -> list[int]:
-    """About how many tokens a request has, and how many its answer has at most."""
-    return [
-        sum(len(message["content"]) for message in body["messages"]) // CHARS_PER_TOKEN,
-        body["max_tokens"],
-    ]
-
-
-def _hash(*parts: object) -> bytes:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-
-
-def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
-    """Do what a script's command line asks for, request by request or on another `road`: see the
-    first lines of this file.
+def generate_texts(
+    flags: GenerationFlags, task: GenerationTask, runner: type[GenerationRun]
+) -> None:
+    """Do what the command line of a generation script asks for, by single requests or, with the
+    runner BatchRun, by batches.
 
     Raises:
         UserError: bad flags or input, or another run works on this output.
         RunError: servers refuse all requests or are gone, or --max-cost is reached. All answers are
             kept.
     """
-    check(flags)
+    check_flags(flags)
     if flags.shard != "1/1":
-        flags = replace(
-            flags,
-            output=flags.output.with_name(
-                f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"
-            ),
-        )
+        name = f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"
+        flags = replace(flags, output=flags.output.with_name(name))
     output = flags.output
     with (
         files.lock(output.with_name(f".{output.name}.lock")),
-        contextlib.closing(Answers(Path(f"{output}.journal.jsonl"))) as answers,
+        contextlib.closing(AnswerJournal(Path(f"{output}.journal.jsonl"))) as answers,
     ):
-        if (
-            not flags.batch
-            and (pending := Path(f"{output}.batches.jsonl")).exists()
-            and pending.stat().st_size
-        ):
+        batches = Path(f"{output}.batches.jsonl")
+        if not flags.batch and batches.exists() and batches.stat().st_size:
             raise UserError(
-                f"{pending}: batches are under way",
-                "run with --batch, or delete the file to pay for their answers anew",
+                f"{batches}: batches are in progress",
+                "run with --batch, or delete the file to pay for their answers again",
             )
-        run = road(flags, job, answers)
+        run = runner(flags, task, answers)
         run.survey()
         if flags.estimate:
             return
@@ -525,14 +109,386 @@ def run_job(flags: Flags, job: Job, road: type[Run] = Run) -> None:
             run.write()
         finally:
             run.report()
-        if run.spent() and run.count["papers_failed"]:
-            raise RunError(
-                f"--max-cost {flags.max_cost} is reached, {run.count['papers_failed']} papers are"
-                " unfinished",
-                "raise it and run again",
+        run.check_completeness()
+
+
+@dataclass
+class PendingPaper:
+    """A paper of which texts are missing."""
+
+    paper: Paper
+    index: int  # position in the input, which decides the server that is asked first
+    keys: list[int]  # by slot
+    texts: dict[int, str]  # slot -> accepted text
+    reasons: Counter[str] = field(default_factory=Counter)  # why texts were not accepted
+    refused: bool = False  # whether the server rejects the text of this paper
+
+
+# A paper and the slots to request at once; None where papers need no request, so that the caller
+# can let other tasks run.
+Request = tuple[PendingPaper, list[int]] | None
+
+
+class GenerationRun:
+    """One run of a task with single requests."""
+
+    def __init__(
+        self, flags: GenerationFlags, task: GenerationTask, answers: AnswerJournal
+    ) -> None:
+        self.flags, self.task, self.answers = flags, task, answers
+        self.started, self.billed_before = time.monotonic(), list(answers.billed)
+        self.tokens_before = list(answers.tokens)
+        self.count, self.rejected, self.faults = Counter[str](), Counter[str](), Counter[str]()
+        self.failed: dict[str, Counter[str]] = {}  # paper id -> reasons
+
+    def survey(self) -> None:
+        """Check the whole input and count what is missing; with --estimate, print its cost."""
+        read = written = 0
+        for paper in self.papers():
+            keys = self.keys(paper)
+            requests = self.missing(keys)
+            missing = sum(map(len, requests))
+            self.count.update(papers=1, texts=len(keys), missing=missing, requests=len(requests))
+            for slots in requests if self.flags.estimate else ():
+                tokens = most_tokens(self.body(paper, keys, slots))
+                read, written = read + tokens[0], written + tokens[1]
+        log.info(
+            "%(papers)d papers, %(texts)d texts wanted, %(missing)d missing: %(requests)d requests",
+            self.count,
+        )
+        if self.flags.estimate:
+            log.info(
+                f"about {read} tokens to read ({CHARS_PER_TOKEN} characters each) and at most"
+                f" {written} to write, not counting retries"
             )
-        if run.count["papers_failed"] and not run.count["papers_written"]:
+            share = BATCH_PRICE if self.flags.batch else 1
+            log.info("cost: at most about %.2f", self.cost([share * read, share * written]))
+
+    async def send(self, stop: StopSignal) -> None:
+        """Request all missing texts with a fixed number of workers. If that ends early, wait for
+        the answers in flight, because they are paid.
+        """
+        from semcse.server_pool import ServerPool
+
+        flags, requests, tasks = self.flags, self.requests(), list[asyncio.Task[None]]()
+        pool = ServerPool(flags.base_url, flags.concurrency, flags.retries, flags.timeout)
+        async with pool:
+            self.faults = pool.faults
+            for _ in range(flags.concurrency):
+                tasks.append(asyncio.create_task(self._work(pool, requests)))
+                await asyncio.sleep(0.0002)  # the first requests leave one after the other
+            await self._show_progress(pool, stop, tasks)
+            pool.stopping = True
+            await asyncio.wait(tasks, timeout=GRACE if stop.received else flags.timeout)
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _show_progress(
+        self, pool: ServerPool, stop: StopSignal, tasks: list[asyncio.Task[None]]
+    ) -> None:
+        """Update the progress bar until all tasks are done or the run must stop."""
+        running, want = set(tasks), self.count["texts"]
+        have = want - self.count["missing"]
+        with tqdm(total=want, initial=have, desc=self.task.key, unit="text", mininterval=1) as bar:
+            while running and not stop.received and not pool.stopping:
+                _, running = await asyncio.wait(running, timeout=0.2)
+                cost, failed = self.cost(self.answers.billed), self.count["failed"]
+                bar.set_postfix(cost=f"{cost:.2f}", failed=failed, refresh=False)
+                bar.update(have + self.count["accepted"] - bar.n)
+
+    async def _work(self, pool: ServerPool, requests: Iterator[Request]) -> None:
+        """Take request after request from the iterator that all workers share."""
+        from semcse.server_pool import Stopped
+
+        try:
+            for request in requests:
+                if request:
+                    await self._fill(pool, *request)
+                else:
+                    await asyncio.sleep(0)
+                if pool.stopping:
+                    break
+        except Stopped:
+            pass
+        except Exception:
+            pool.stopping = True
+            raise
+
+    async def _fill(self, pool: ServerPool, pending: PendingPaper, slots: list[int]) -> None:
+        """Request texts for these slots until all are accepted or the attempts are used up."""
+        for _ in range(self.flags.attempts):
+            if self.budget_is_spent():
+                pool.stopping = True
+            if pending.refused:
+                break
+            body = self.body(pending.paper, pending.keys, slots)
+            try:
+                answer = await pool.ask(body, pending.index)
+            except Unanswered as fault:
+                pending.reasons[fault.reason] += len(slots)
+                pending.refused = fault.permanent
+                break
+            slots = self.record(pending, slots, answer)
+            if not slots:
+                return
+        self.count["failed"] += len(slots)
+        self.failed[pending.paper.id] = pending.reasons
+
+    def record(
+        self, pending: PendingPaper, slots: list[int], answer: Answer, done: Collection[int] = ()
+    ) -> list[int]:
+        """Judge the texts of an answer, append them to the journal, accepted or not, and return the
+        slots whose texts were rejected. Slots in `done` are in the journal already.
+        """
+        texts = [answer.text]
+        if self.task.structured:
+            texts = [*parse_texts(answer.text), *[""] * len(slots)]
+        left, tokens = [], (answer.prompt_tokens, answer.completion_tokens)
+        for slot, text in zip(slots, map(clean, texts), strict=False):
+            if slot in done:
+                tokens = (0, 0)
+                continue
+            text, reason = self._judge(pending, text, answer.cut)
+            row = {"key": pending.keys[slot], "id": pending.paper.id, "slot": slot, "text": text}
+            row |= {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+            row |= {"batch": True} if self.flags.batch else {}
+            self.answers.add(row | ({"rejected": reason} if reason else {}))
+            tokens = (0, 0)  # the first slot counts the tokens of the whole answer
+            if reason:
+                left.append(slot)
+                pending.reasons[reason] += 1
+                self.rejected[reason] += 1
+            else:
+                pending.texts[slot] = text
+                self.count["accepted"] += 1
+        return left
+
+    def _judge(self, pending: PendingPaper, text: str, cut: bool) -> tuple[str, str | None]:
+        """Return the text to record and why it is rejected, if it is."""
+        is_query = self.task.key == "query"
+        if is_query:  # further lines explain the query
+            text, cut = text.partition("\n")[0], cut and "\n" not in text
+        if self.task.structured and text:  # the token limit ended the list, not this text
+            cut = False
+        return text, judge(
+            text,
+            title=pending.paper.title,
+            abstract=pending.paper.abstract,
+            prompt=self.task.told,
+            words=self.task.words,
+            others=pending.texts.values(),
+            question=is_query,
+            cut=cut,
+        )
+
+    def write(self) -> None:
+        """Write the output in the order of the input, and list the papers that lack texts."""
+        output, failures = self.flags.output, Path(f"{self.flags.output}.failed.jsonl")
+        open_text: Any = gzip.open if output.suffix == ".gz" else open
+        with (
+            files.atomic_path(failures) as failed_path,
+            files.atomic_path(output) as output_path,
+            failed_path.open("w", encoding="utf-8") as failed,
+            open_text(output_path, "wt", encoding="utf-8") as written,
+        ):
+            for paper in self.papers():
+                keys = self.keys(paper)
+                texts = list(self.answers.texts(keys).values())
+                have, want = len(texts), len(keys)
+                if have < want:
+                    reasons = self.failed.get(paper.id) or {"not asked": want - have}
+                    row = {"id": paper.id, "have": have, "want": want, "reasons": reasons}
+                    failed.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    self.count["papers_failed"] += 1
+                if have >= min(self.task.min_texts, want):
+                    row = paper.as_row()
+                    if texts:
+                        row[self.task.key] = texts if self.task.key == "summaries" else texts[0]
+                    written.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    self.count["papers_written"] += 1
+        if not self.count["papers_failed"]:
+            failures.unlink()
+
+    def report(self) -> None:
+        """Log what this run did, and write it next to the output."""
+        counts = "papers texts missing accepted failed papers_written papers_failed".split()
+        flags = "model temperature top_p max_tokens attempts concurrency batch".split()
+        answers, prompts = self.answers, self.task.prompts
+        tokens = [now - old for now, old in zip(answers.tokens, self.tokens_before, strict=True)]
+        billed = [now - old for now, old in zip(answers.billed, self.billed_before, strict=True)]
+        report: dict[str, Any] = {name: self.count[name] for name in counts}
+        report |= {
+            "rejected": dict(self.rejected.most_common()),
+            "faults": dict(self.faults.most_common()),
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
+            "cost": self.cost(billed),
+            "cost_of_all_runs": self.cost(answers.billed),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "prompts": {one.name: hash_of(one.system, one.task).hex() for one in prompts},
+        }
+        report |= {name: getattr(self.flags, name) for name in flags}
+        files.write_json(Path(f"{self.flags.output}.report.json"), report)
+        log.info("%s", "; ".join(f"{name}: {value}" for name, value in report.items()))
+
+    def check_completeness(self) -> None:
+        """Raise a RunError if --max-cost was reached or if no paper has the texts it needs."""
+        unfinished, output = self.count["papers_failed"], self.flags.output
+        if unfinished and self.budget_is_spent():
+            spent = f"--max-cost {self.flags.max_cost} is reached"
+            raise RunError(f"{spent} and {unfinished} papers are unfinished", "raise it, run again")
+        if unfinished and not self.count["papers_written"]:
             raise RunError(
                 f"no paper got the texts it needs, so {output} is empty",
-                f"the reasons stand in {output}.failed.jsonl",
+                f"see the reasons in {output}.failed.jsonl",
             )
+
+    def papers(self) -> Iterator[Paper]:
+        """Read the papers of this shard of the input from the start."""
+        part = shard_slice(self.flags.shard)
+        papers = read_papers(self.flags.input, ("abstract",), self.flags.skip_invalid)
+        return itertools.islice(papers, part.start, None, part.step)
+
+    def requests(self) -> Iterator[Request]:
+        """Yield all requests for missing texts; those on one paper follow each other."""
+        for index, paper in enumerate(self.papers()):
+            keys = self.keys(paper)
+            requests = self.missing(keys)
+            if requests:
+                pending = PendingPaper(paper, index, keys, self.answers.texts(keys))
+                yield from ((pending, slots) for slots in requests)
+            elif index % 100 == 0:
+                yield None
+
+    def keys(self, paper: Paper) -> list[int]:
+        """Return the 64-bit key of each slot of a paper: a hash of prompt, model, sampling
+        parameters, paper and slot number. The list is empty if the paper keeps what it has.
+        """
+        flags, prompts = self.flags, self.task.prompts
+        if self.task.keep_existing and getattr(paper, self.task.key):
+            return []
+        sampling = (flags.temperature, flags.top_p, flags.max_tokens)
+        parts = (flags.model, *sampling, paper.title, paper.abstract)
+        digests = [
+            hash_of(prompt.system, prompt.task, *parts, slot)
+            for slot, prompt in zip(range(self.task.texts), itertools.cycle(prompts), strict=False)
+        ]
+        return [int.from_bytes(digest, "big") for digest in digests]
+
+    def missing(self, keys: list[int]) -> list[list[int]]:
+        """Return the slots without an accepted answer, grouped into requests."""
+        slots = [slot for slot, key in enumerate(keys) if key not in self.answers.offsets]
+        if self.task.structured:
+            return [slots] if slots else []
+        return [[slot] for slot in slots]
+
+    def body(self, paper: Paper, keys: list[int], slots: list[int]) -> dict[str, Any]:
+        """Return the JSON body of a request. The prompt follows the paper, so that servers can
+        reuse the prefix that the requests on one paper share.
+        """
+        prompt, n = self.task.prompts[slots[0] % len(self.task.prompts)], len(slots)
+        first = keys[slots[0]]
+        text = f"Title: {paper.title}\n\nAbstract: {paper.abstract}\n\n"
+        body = {
+            "model": self.flags.model,
+            "messages": [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": text + prompt.task.replace("{n}", str(n))},
+            ],
+            "temperature": self.flags.temperature,
+            "top_p": self.flags.top_p,
+            "max_tokens": self.flags.max_tokens * n,
+            "seed": (first + self.answers.rejected[first]) % 2**31,  # a new one for each attempt
+        }
+        if self.task.structured:
+            texts = {"type": "array", "items": {"type": "string"}, "minItems": n, "maxItems": n}
+            schema: dict[str, Any] = {"type": "object", "properties": {"texts": texts}}
+            schema |= {"required": ["texts"], "additionalProperties": False}
+            json_schema = {"name": "texts", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+        return body
+
+    def cost(self, billed: list[float]) -> float:
+        """Return the price of (prompt tokens, completion tokens)."""
+        return (billed[0] * self.flags.price_in + billed[1] * self.flags.price_out) / 1e6
+
+    def budget_is_spent(self, reserved: float = 0.0) -> bool:
+        """Return whether --max-cost is reached, given what requests in progress may cost."""
+        budget = self.flags.max_cost
+        return budget is not None and self.cost(self.answers.billed) + reserved >= budget
+
+
+class AnswerJournal:
+    """The journal of all answers. For each accepted text memory holds two integers: the key of its
+    slot and its position in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        with path.open("rb") as lines:
+            damaged = sum(1 for _ in lines)
+        self.journal = Journal(path, keep=_is_intact)
+        self.offsets: dict[int, int] = {}  # key -> position of the accepted text
+        self.rejected: Counter[int] = Counter()  # key -> number of rejected texts
+        self.tokens = [0, 0]  # prompt tokens, completion tokens
+        self.billed = [0.0, 0.0]  # the same, with tokens of batches at their share of the price
+        for offset, row in Journal.scan(path):
+            self._count(offset, row)
+            damaged -= 1
+        if damaged:
+            what = f"{path}: left out {damaged} torn or damaged rows"
+            log.warning("%s; their texts are requested again", what)
+
+    def _count(self, offset: int, row: dict[str, Any]) -> None:
+        if "rejected" in row:
+            self.rejected[row["key"]] += 1
+        else:
+            self.offsets[row["key"]] = offset
+        for i, name in enumerate(("prompt_tokens", "completion_tokens")):
+            self.tokens[i] += row[name]
+            self.billed[i] += row[name] * (BATCH_PRICE if "batch" in row else 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one text, with a checksum."""
+        self._count(self.journal.append(row | {"sum": _checksum(row)}), row)
+
+    def texts(self, keys: list[int]) -> dict[int, str]:
+        """Return slot -> accepted text for the slots with these keys."""
+        return {
+            slot: self.journal.row_at(self.offsets[key])["text"]
+            for slot, key in enumerate(keys)
+            if key in self.offsets
+        }
+
+    def close(self) -> None:
+        """Close the journal, and remove it if it is empty."""
+        self.journal.close()
+        if not self.journal.path.stat().st_size:
+            self.journal.path.unlink()
+
+
+def _is_intact(row: dict[str, Any]) -> bool:
+    """Return whether a row is as it was written. Rows of early versions have no checksum."""
+    kinds: dict[str, type] = {"key": int, "id": str, "slot": int, "text": str}
+    kinds |= {"prompt_tokens": int, "completion_tokens": int}
+    typed = all(type(row.get(name)) is kind for name, kind in kinds.items())
+    return typed and row.get("sum", _checksum(row)) == _checksum(row)
+
+
+def _checksum(row: dict[str, Any]) -> str:
+    return hash_of(*sorted(item for item in row.items() if item[0] != "sum")).hex()
+
+
+def hash_of(*parts: object) -> bytes:
+    """Return a hash of 8 bytes that is the same in every run and version."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+
+
+def most_tokens(body: dict[str, Any]) -> tuple[int, int]:
+    """Return about how many tokens a request has, and how many its answer has at most."""
+    characters = sum(len(message["content"]) for message in body["messages"])
+    return characters // CHARS_PER_TOKEN, body["max_tokens"]

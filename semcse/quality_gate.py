@@ -1,52 +1,28 @@
-"""TODO: say what this file is for: semcse.quality_gate."""
+"""The quality gate: cleans what a language model answered, and says why a text must not be used.
+
+The rules and thresholds are our choice. This module knows nothing of servers, prompts or files: its
+functions take plain values.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
 
-from semcse.papers import Paper, normalise
+from semcse.papers import normalise
 
-log = logging.getLogger(__name__)
+SAME_WORDS = 0.8  # Jaccard index of their word sets from which two texts are near-duplicates
+COPIED = 0.7  # share of its word 5-grams in the source from which a text is a copy
+# Longer answers are cut to this many characters: the time for cleaning grows with the square.
+LONGEST_TEXT = 4_000
+# A text with more characters than this for each allowed word is too long.
+CHARS_PER_WORD = 40
 
-SAME_WORDS = 0.8  # share of common words (Jaccard) from which two texts count as the same [ours]
-# characters read of a text; so many a word are too many: cleaning takes time by the square
-LONGEST_TEXT, CHARS_PER_WORD = 4_000, 40
-COPIED = 0.7  # share of its word 5-grams in a source from which a text counts as copied [ours]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One instruction to the model."""
-
-    name: str
-    system: str
-    task: str  # stands after the paper's text; "{n}" in it becomes the number of texts asked for
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a script wants of every paper."""
-
-    key: Literal["summaries", "query"]  # where the texts go
-    prompts: tuple[Prompt, ...]  # slot i has prompt i modulo their number
-    texts: int  # texts wanted of a paper
-    least: int  # papers with fewer are left out of the output
-    words: tuple[int, int]  # fewest and most words of a text
-    at_once: bool = False  # one request with a JSON schema for all missing texts of a paper
-    keep: bool = False  # leave papers alone that have something under `key` already
-
-
-# The quality gate
-
-_STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", '\'\'""""')
-_MARK = re.compile(r"^(?:[-*+•>]+|#{1,6}|\(?\d{1,2}[.)])\s+")
+_STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", '\'\'""""')
+_LIST_MARK = re.compile(r"^(?:[-*+•>]+|#{1,6}|\(?\d{1,2}[.)])\s+")
 _PREAMBLE = r"(?:sure|certainly|of course|okay|here(?:'s| is| are))\b[^:]{0,120}"
 _LABEL = re.compile(
     rf"^(?:{_PREAMBLE}|(?:[\w-]+ ){{0,2}}(?:summary|answer|query|sentence|output)(?: \d+)?):\s*",
@@ -54,119 +30,128 @@ _LABEL = re.compile(
 )
 _QUOTED = re.compile(r"""(["'`])((?:(?!\1).)*)\1\.?""")
 _REFUSAL = re.compile(
-    r"i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i apologi[sz]e|i (?:cannot|can't|do"
-    r" not|don't)\b|not applicable|(?:n/?a|none|null)\W*$|please provide"
+    r"i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
+    r"|i (?:cannot|can't|do not|don't)\b|not applicable|(?:n/?a|none|null)\W*$|please provide"
     r"|.*\bas an? (?:ai|(?:large )?language model)\b",
     re.I | re.S,
 )
-_REPORTED = re.compile(  # "The study shows that ...": what it shows is the text
-    r"(?:(?:the|this|these|a|an|our) )?(?:\w+"
-    r" ){0,2}(?:study|paper|article|abstract|research|work|results?|findings?|authors|researchers|conclusion)"
+# "The study shows that ...": the text is what the study shows.
+_REPORTED = re.compile(
+    r"(?:(?:the|this|these|a|an|our) )?(?:\w+ ){0,2}"
+    r"(?:study|paper|article|abstract|research|work|results?|findings?|authors|researchers"
+    r"|conclusion)"
     r"(?: (?:of|in) (?:the|this) (?:\w+ )?(?:study|paper|article|abstract|research))?"
-    r" (?:also"
-    r" )?(?:is|was|shows?|showed|finds?|found|reveals?|revealed|suggests?|suggested|demonstrates?|demonstrated|indicates?|concludes?|concluded)"
+    r" (?:also )?"
+    r"(?:is|was|shows?|showed|finds?|found|reveals?|revealed|suggests?|suggested"
+    r"|demonstrates?|demonstrated|indicates?|concludes?|concluded)"
     r" that ",
     re.I,
 )
 _ABOUT_STUDY = re.compile(
     r"\b(?:[Ww]e|[Oo]urs?|[Tt]he (?:authors?|researchers|investigators))\b"
-    r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+"
-    r" )?(?:study|studies|paper|article|manuscript|report|summary)\b"
-    r"|\b[Tt]his (?:\w+"
-    r" )?(?:work|research|review|investigation|analysis|experiment|abstract|text)\b"
+    r"|\b(?:[Tt]h(?:e|is|ese)|[Aa]n?|[Pp]resent|[Cc]urrent) (?:\w+ )?"
+    r"(?:study|studies|paper|article|manuscript|report|summary)\b"
+    r"|\b[Tt]his (?:\w+ )?"
+    r"(?:work|research|review|investigation|analysis|experiment|abstract|text)\b"
     r"|\b[Tt]he (?:scientific|given) abstract\b|\b[Oo]ne[- ]sentence\b"
-    r"|\b(?:[Tt]he|[Tt]his) (?:subject|sentence|statement|question) (?:is|above)\b|\b[Ff]indings?"
-    r" above\b"
+    r"|\b(?:[Tt]he|[Tt]his) (?:subject|sentence|statement|question) (?:is|above)\b"
+    r"|\b[Ff]indings? above\b"
     r"|\b[Ii]s a (?:\w+ )?fact\b|\b[Aa] (?:single )?fact (?:in|about)\b"
 )
 
 
-def clean(text: str) -> str:
-    """A model's answer without what stands around its text: thoughts, preamble, label, quotes,
-    markdown, list mark. Several lines stay several lines.
+def clean(answer: str) -> str:
+    """Return the text of an answer without thoughts, preamble, label, quotes, markdown and list
+    marks around it. Several lines remain several lines.
     """
-    text, before = (
-        re.sub(
-            r"<think>.*?(?:</think>|\Z)",
-            "",
-            text.encode(errors="replace").decode().translate(_STRAIGHT),
-            flags=re.S,
-        )[:LONGEST_TEXT],
-        "",
-    )
+    text = answer.encode(errors="replace").decode().translate(_STRAIGHT_QUOTES)
+    text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.S)[:LONGEST_TEXT]
+    before = ""
     while before != text:
         before = text
-        lines = [line for line in map(_bare, re.sub(r"```\w*", "\n", text).splitlines()) if line]
+        lines = re.sub(r"```\w*", "\n", text).splitlines()
+        lines = [line for line in map(_clean_line, lines) if line]
         while len(lines) > 1 and lines[0].endswith(":"):
             del lines[0]
         text = "\n".join(lines)
     return text
 
 
-def _bare(line: str) -> str:
-    """One line without what may stand at its ends, emphasis, control characters and runs of white
-    space.
+def _clean_line(line: str) -> str:
+    """Remove one layer of marks, label and quotes, and all emphasis, control characters and
+    repeated white space.
     """
     line = re.sub(r"\*\*|(?<!\w)__|__(?!\w)", "", re.sub(r"[\x00-\x1f\x7f]", " ", line))
     line = re.sub(r"(?<!\w)\*(?=\S)([^*]+)(?<=\S)\*(?!\w)", r"\1", " ".join(line.split()))
-    line = _LABEL.sub("", _MARK.sub("", line))
-    quoted = _QUOTED.fullmatch(line)
-    line = quoted[2].strip() if quoted else line
-    reported = _REPORTED.match(line)
-    return line[reported.end() :][:1].upper() + line[reported.end() + 1 :] if reported else line
+    line = _LABEL.sub("", _LIST_MARK.sub("", line))
+    if quoted := _QUOTED.fullmatch(line):
+        line = quoted[2].strip()
+    if reported := _REPORTED.match(line):
+        line = line[reported.end() :]
+        line = line[:1].upper() + line[1:]
+    return line
 
 
 def judge(
-    text: str, paper: Paper, others: Iterable[str], job: Job, cut: bool = False
+    text: str,
+    *,
+    title: str,
+    abstract: str,
+    prompt: str,
+    words: tuple[int, int],
+    others: Iterable[str] = (),
+    question: bool = False,
+    cut: bool = False,
 ) -> str | None:
-    """Why a cleaned text on `paper`, of which `others` were accepted before, must not enter the
-    data; None if it may. `cut`: the token limit ended it.
+    """Decide whether a cleaned text may enter the data.
+
+    Args:
+        text: what `clean` returned.
+        title, abstract: those of the paper, which the text must not copy.
+        prompt: everything the model was told, which the text must not repeat.
+        words: the fewest and the most words of a text.
+        others: texts of the same paper that were accepted before.
+        question: whether the text may be a question.
+        cut: whether the token limit ended the text.
+
+    Returns:
+        The first reason against the text, or None if it is good.
     """
     reasons: dict[str, Callable[[], object]] = {
         "cut off": lambda: cut,
         "empty": lambda: not re.search(r"\w", text),
         "refusal": lambda: _REFUSAL.match(text),
         "several lines": lambda: "\n" in text,
-        "too short": lambda: len(text.split()) < job.words[0],
-        "too long": (
-            lambda: len(text.split()) > job.words[1] or len(text) > CHARS_PER_WORD * job.words[1]
-        ),
-        "repeats the prompt": lambda: any(_shared(text, _all_prompts(job.prompts), 4)),
+        "too short": lambda: len(text.split()) < words[0],
+        "too long": lambda: len(text.split()) > words[1] or len(text) > CHARS_PER_WORD * words[1],
+        "repeats the prompt": lambda: any(_ngrams_found(text, prompt, 4)),
         "speaks of the study": lambda: _ABOUT_STUDY.search(text),
-        "a question": lambda: job.key == "summaries" and text.endswith("?"),
-        "copies the title": lambda: alike(text, paper.title),
-        "copies the abstract": lambda: copied(text, paper.abstract),
+        "a question": lambda: not question and text.endswith("?"),
+        "copies the title": lambda: alike(text, title),
+        "copies the abstract": lambda: copied(text, abstract),
         "near-duplicate": lambda: any(alike(text, other) for other in others),
     }
     return next((reason for reason, applies in reasons.items() if applies()), None)
 
 
 def copied(text: str, source: str) -> bool:
-    """Whether most word 5-grams of a text stand in the source; a text of fewer than eight words is
-    compared with whole sentences instead.
+    """Return whether a text is copied: most of its word 5-grams occur in the source or, if it has
+    fewer than eight words, it is nearly equal to a sentence of the source.
     """
     if len(_words(text).split()) < 8:
         return any(alike(text, sentence) for sentence in re.split(r"(?<=[.!?:])\s+", source))
-    found = _shared(text, source, 5)
+    found = _ngrams_found(text, source, 5)
     return sum(found) >= COPIED * len(found)
 
 
-@functools.lru_cache(8)
-def _all_prompts(prompts: tuple[Prompt, ...]) -> str:
-    """What the model was told in any request, each part once."""
-    return " ".join(
-        dict.fromkeys(part for prompt in prompts for part in (prompt.system, prompt.task))
-    )
-
-
-def _shared(text: str, source: str, n: int) -> list[bool]:
-    """Of every n words in a row of a text, whether they stand in the source."""
+def _ngrams_found(text: str, source: str, n: int) -> list[bool]:
+    """Return for each word n-gram of the text whether it occurs in the source."""
     words, whole = _words(text).split(), _words(source)
     return [f" {' '.join(words[i : i + n])} " in whole for i in range(len(words) - n + 1)]
 
 
 def alike(one: str, two: str) -> bool:
-    """Whether two texts consist of nearly the same words."""
+    """Return whether the word sets of two texts have a Jaccard index of at least SAME_WORDS."""
     a, b = _word_set(one), _word_set(two)
     return len(a & b) >= SAME_WORDS * max(1, len(a | b))
 
@@ -178,17 +163,18 @@ def _word_set(text: str) -> frozenset[str]:
 
 @functools.lru_cache(1024)
 def _words(text: str) -> str:
+    """Return the normalised words of a text with a space before and after each."""
     return " ".join(["", *re.findall(r"\w+", normalise(text)), ""])
 
 
-def parse_texts(text: str) -> list[str]:
-    """The whole strings of an answer that should be JSON {"texts": [...]}, also of one that was
-    cut; the lines of an answer in prose. Never raises.
+def parse_texts(answer: str) -> list[str]:
+    """Read an answer that should be JSON {"texts": [...]}: return its complete strings, even if the
+    answer was cut, or its lines if there are none. Never raises.
     """
     found = []
-    for string, colon in (
-        re.findall(r'("(?:[^"\\]|\\.)*+"?)(\s*:)?', text, re.S) if re.search(r"[\[{]", text) else []
-    ):
-        with contextlib.suppress(ValueError):
-            found += [] if colon else [str(json.loads(string, strict=False))]
-    return found or text.splitlines()
+    if re.search(r"[\[{]", answer):
+        for string, colon in re.findall(r'("(?:[^"\\]|\\.)*+"?)(\s*:)?', answer, re.S):
+            with contextlib.suppress(ValueError):
+                if not colon:
+                    found.append(str(json.loads(string, strict=False)))
+    return found or answer.splitlines()

@@ -1,11 +1,8 @@
-"""A stand-in for OpenAI's Batch API on 127.0.0.1: files, batches and their answers, which are those
-of fake_llm_server.py, in an order drawn by chance.
+"""OpenAI's Batch API for tests, on 127.0.0.1: files, batches and their answers, which are those of
+fake_llm_server.py, in random order.
 
-with BatchServer(misbehave=lambda body, number: "400" if number == 0 else None) as server: ...
-serves in threads
-
-Every request of a batch that is answered is counted in `paid`. A batch ends when it was asked about
-`looks` times.
+BatchServer(misbehave=lambda body, number: "400" if number == 0 else None) serves in threads, as a
+context manager. `paid` counts every answered request. A batch ends after `looks` retrievals.
 """
 
 from __future__ import annotations
@@ -22,41 +19,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fake_llm_server import Body, completion
+from fake_llm_server import Body, Misbehave, completion
+
+QUEUE_FULL = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}
 
 
 class BatchServer:
-    """`misbehave` says of the n-th request what its answer is: a kind of text of fake_llm_server,
-    an HTTP status, "unanswered" (expires), "lost" (no line).
+    """`misbehave` decides the answer of the n-th request: a fault in the text, as in
+    fake_llm_server.py, an HTTP status, "unanswered" (expired), or "lost" (no line).
     """
 
-    def __init__(
-        self, misbehave: Callable[[Body, int], str | None] = lambda body, number: None
-    ) -> None:
+    def __init__(self, misbehave: Misbehave = lambda body, number: None) -> None:
         self.misbehave = misbehave
         self.looks, self.queue, self.end = 1, 10**9, "completed"
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        # of all requests that were answered, in the order of their files
-        self.bodies: list[Body] = []
+        self.bodies: list[Body] = []  # of all requests, in the order of their files
         self.paid: Counter[str] = Counter()  # by custom_id
         self.calls: Counter[str] = Counter()
-        # call -> what goes wrong with the next ones: "drop" or "hold" its answer, a status, "cut"
+        # call -> what goes wrong with the next ones: "drop" or "hold" the response, a status, "cut"
         self.faults: dict[str, list[str]] = {}
-        # an answer is being held, until the client or the server ends
-        self.held = threading.Event()
+        self.held = threading.Event()  # a response is held back until the client is gone
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     @property
-    def uploads(self) -> list[list[dict[str, Any]]]:
-        """The requests of every file."""
-        return [
-            [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
-            for batch in self.batches.values()
-        ]
+    def uploads(self) -> list[int]:
+        """The number of requests of each batch."""
+        files = [self.files[batch["input_file_id"]] for batch in self.batches.values()]
+        return [len(file.splitlines()) for file in files]
 
     def __enter__(self) -> BatchServer:
         handler = type("Bound", (Handler,), {"world": self})
@@ -77,6 +70,7 @@ class BatchServer:
 
     def create(self, file: str) -> dict[str, Any]:
         number, name = len(self.files[file].splitlines()), f"batch_{len(self.batches)}"
+        running = [one for one in self.batches.values() if one["status"] == "in_progress"]
         batch = {
             "id": name,
             "object": "batch",
@@ -88,20 +82,8 @@ class BatchServer:
             "status": "in_progress",
             "request_counts": {"total": number, "completed": 0, "failed": 0},
         }
-        waiting = sum(
-            other["request_counts"]["total"]
-            for other in self.batches.values()
-            if other["status"] == "in_progress"
-        )
-        if waiting + number > self.queue:
-            batch |= {
-                "status": "failed",
-                "errors": {
-                    "data": [
-                        {"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}
-                    ]
-                },
-            }
+        if sum(one["request_counts"]["total"] for one in running) + number > self.queue:
+            batch |= {"status": "failed", "errors": {"data": [QUEUE_FULL]}}
         self.batches[name] = batch
         return batch
 
@@ -114,44 +96,26 @@ class BatchServer:
 
     def finish(self, batch: dict[str, Any]) -> None:
         """Answer the requests of a batch."""
-        good, bad = [], []
+        good, bad = list[dict[str, Any]](), list[dict[str, Any]]()
         for request in map(json.loads, self.files[batch["input_file_id"]].splitlines()):
-            kind = self.misbehave(request["body"], len(self.bodies))
-            row: dict[str, Any] = {
-                "id": "batch_req",
-                "custom_id": request["custom_id"],
-                "response": None,
-                "error": None,
-            }
-            self.bodies.append(request["body"])
+            name, body = request["custom_id"], request["body"]
+            kind = self.misbehave(body, len(self.bodies))
+            row: dict[str, Any] = {"custom_id": name, "response": None, "error": None}
+            self.bodies.append(body)
             if kind == "unanswered":
-                bad.append(
-                    row | {"error": {"code": "batch_expired", "message": "not executed in time"}}
-                )
+                bad.append(row | {"error": {"code": "batch_expired", "message": "too late"}})
             elif kind and kind.isdigit():
-                bad.append(
-                    row
-                    | {
-                        "response": {
-                            "status_code": int(kind),
-                            "request_id": "1",
-                            "body": {"error": {"message": f"made-up {kind}"}},
-                        }
-                    }
-                )
+                error = {"error": {"message": f"made-up {kind}"}}
+                bad.append(row | {"response": {"status_code": int(kind), "body": error}})
             else:
-                self.paid[request["custom_id"]] += 1
-                body = json.loads(completion(request["body"], kind))
-                good.append(
-                    row | {"response": {"status_code": 200, "request_id": "1", "body": body}}
-                )
-                if kind == "lost":
-                    good.pop()
+                self.paid[name] += 1
+                answer = {"status_code": 200, "body": json.loads(completion(body, kind))}
+                good += [row | {"response": answer}] if kind != "lost" else []
         batch["request_counts"] |= {"completed": len(good), "failed": len(bad)}
-        for rows, name in ((good, "output_file_id"), (bad, "error_file_id")):
+        for rows, file in ((good, "output_file_id"), (bad, "error_file_id")):
             random.Random(1).shuffle(rows)
             if rows:
-                batch[name] = self.put("\n".join(map(json.dumps, rows)).encode())
+                batch[file] = self.put("\n".join(map(json.dumps, rows)).encode())
         batch["status"] = self.end
 
 
@@ -159,44 +123,33 @@ class Handler(BaseHTTPRequestHandler):
     """The calls of the API."""
 
     world: BatchServer
-    # one write an answer: two would wait for each other
+    # One write for each response: two would wait for each other.
     protocol_version, wbufsize = "HTTP/1.1", 65_536
     lock = threading.Lock()
 
     def do_GET(self) -> None:
-        path, query = (
-            urlsplit(self.path).path.removeprefix("/v1/"),
-            parse_qs(urlsplit(self.path).query),
-        )
+        parts = urlsplit(self.path)
+        path, query = parts.path.removeprefix("/v1/"), parse_qs(parts.query)
         if path == "batches":
-            self.answer(
-                "list", lambda: self.listed(int(query["limit"][0]), query.get("after", [""])[0])
-            )
+            limit, after = int(query["limit"][0]), query.get("after", [""])[0]
+            self.answer("list", lambda: self.listed(limit, after))
         elif path.startswith("batches/"):
             self.answer("retrieve", lambda: self.world.look(path.split("/")[1]))
         else:
             self.answer("content", lambda: self.world.files[path.split("/")[1]])
 
     def do_POST(self) -> None:
-        body = (
-            self.rfile.read(int(self.headers["Content-Length"]))
-            if "Content-Length" in self.headers
-            else self.chunks()
-        )
+        if "Content-Length" in self.headers:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+        else:
+            body = self.chunks()
         if self.path.endswith("files"):
-            content = re.search(rb'filename="requests.jsonl"\r\n.*?\r\n\r\n(.*)\r\n--', body, re.S)
-            assert content
-            self.answer(
-                "upload",
-                lambda: {
-                    "id": self.world.put(content[1]),
-                    "object": "file",
-                    "bytes": 1,
-                    "created_at": 1,
-                    "filename": "f",
-                    "purpose": "batch",
-                },
-            )
+            found = re.search(rb'filename="requests.jsonl"\r\n.*?\r\n\r\n(.*)\r\n--', body, re.S)
+            assert found
+            content = found[1]
+            file = {"object": "file", "bytes": 1, "created_at": 1, "filename": "f"}
+            file["purpose"] = "batch"
+            self.answer("upload", lambda: file | {"id": self.world.put(content)})
         else:
             self.answer("create", lambda: self.world.create(json.loads(body)["input_file_id"]))
 
@@ -208,27 +161,21 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def listed(self, limit: int, after: str) -> dict[str, Any]:
-        """Newest first, in pages of two at most."""
+        """Newest first, in pages of at most two."""
         rest = list(reversed(self.world.batches.values()))
-        rest = (
-            list(itertools.dropwhile(lambda batch: batch["id"] != after, rest))[1:]
-            if after
-            else rest
-        )
+        if after:
+            rest = list(itertools.dropwhile(lambda batch: batch["id"] != after, rest))[1:]
         page = rest[: min(limit, 2)]
-        return {
-            "object": "list",
-            "data": page,
-            "has_more": len(page) < len(rest),
-            "first_id": None,
-            "last_id": page[-1]["id"] if page else None,
-        }
+        last = page[-1]["id"] if page else None
+        more = len(page) < len(rest)
+        return {"object": "list", "data": page, "has_more": more, "last_id": last}
 
     def answer(self, call: str, work: Callable[[], Any]) -> None:
         with self.lock:
             self.world.calls[call] += 1
             fault = self.world.faults[call].pop(0) if self.world.faults.get(call) else ""
-            result = {"error": {"message": f"made-up {fault}"}} if fault.isdigit() else work()
+            error = {"error": {"message": f"made-up {fault}"}}
+            result: Any = error if fault.isdigit() else work()
         if fault == "hold":
             self.world.held.set()
             self.rfile.read(1)  # until the client is gone
@@ -236,12 +183,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        content = result if isinstance(result, bytes) else json.dumps(result).encode()
+        is_file = isinstance(result, bytes)
+        content: bytes = result if is_file else json.dumps(result).encode()
         self.send_response(int(fault) if fault.isdigit() else 200)
-        self.send_header(
-            "Content-Type",
-            "application/octet-stream" if isinstance(result, bytes) else "application/json",
-        )
+        kind = "octet-stream" if is_file else "json"
+        self.send_header("Content-Type", f"application/{kind}")
         if fault == "cut":  # no length: the client cannot see that something is missing
             content, self.close_connection = content[: len(content) // 2], True
             self.send_header("Connection", "close")

@@ -1,12 +1,12 @@
-"""A stand-in for a language-model server: answers /v1/chat/completions with made-up sentences, at a
+"""A language-model server for tests: answers /v1/chat/completions with made-up sentences after a
 given latency, and misbehaves on demand.
 
-python tests/fake_llm_server.py [--latency SECONDS] [--faults SHARE] [--log FILE]     prints its
-base URL, serves until killed with FakeServer(latency=0.01, misbehave=lambda body, number: "500" if
-number == 0 else None) as server: ...     serves in a thread
+python tests/fake_llm_server.py [--latency SECONDS] prints its base URL and serves until killed.
+FakeServer(latency=0.01, misbehave=lambda body, number: "500" if number == 0 else None) serves in a
+thread, as a context manager.
 
-Equal requests get equal answers; requests that differ in any message or in the seed get different
-ones.
+Equal requests get equal answers; requests that differ in a message or in the seed get different
+answers. The server ignores the path of a request, so that it can play an HTTP proxy, too.
 """
 
 from __future__ import annotations
@@ -21,44 +21,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 
 Body = dict[str, Any]
+Misbehave = Callable[[Body, int], str | None]  # (body, number of the request) -> kind of fault
 STALL = 30.0  # seconds
 
-# 256 made-up words of five to seven letters: no text of theirs is a refusal or speaks of a study.
-SYLLABLES = (
-    "ba",
-    "ke",
-    "li",
-    "mo",
-    "nu",
-    "ra",
-    "se",
-    "ti",
-    "vo",
-    "zu",
-    "dal",
-    "fen",
-    "gor",
-    "hip",
-    "jul",
-    "pex",
-)
+# 256 made-up words of five to seven letters: no text of them is a refusal or speaks of a study.
+SYLLABLES = "ba ke li mo nu ra se ti vo zu dal fen gor hip jul pex".split()
 WORDS = [SYLLABLES[i // 16] + "n" + SYLLABLES[i % 16] for i in range(256)]
 
-# What may go wrong: on the wire ...
-WIRE = ("429", "429 date", "500", "drop", "truncated", "not json", "no choices", "stall")
-# ... nothing is wrong with these: other ways to send a body ...
-FORMS = ("chunked", "until closed", "gzip")
-# ... and in the text of an answer.
+# Faults of server or network ...
+WIRE = ("429", "429 date", "500", "204", "drop", "truncated", "not json", "no choices", "stall")
+# ... correct but unusual ways to send a response ...
+FORMS = ("chunked", "until closed", "gzip", "continue", "early hints")
+# ... and faults in the text of an answer.
 TEXTS = {
     "empty": "",
     "refusal": "I'm sorry, but as an AI language model I cannot summarise this text for you today.",
-    "study": (
-        "This study shows that the authors measured several things about their subject with care."
-    ),
+    "study": "This study shows that the authors measured several things about their subject.",
 }
 KINDS = (*WIRE, *TEXTS, "cut", "preamble")
 
@@ -66,12 +47,8 @@ KINDS = (*WIRE, *TEXTS, "cut", "preamble")
 def sentence(body: Body, number: int = 0) -> str:
     """Sixteen words drawn by a hash of the request: the made-up answer."""
     what = json.dumps([body["messages"], body.get("seed"), number]).encode()
-    return (
-        " ".join(
-            WORDS[byte] for byte in hashlib.blake2b(what, digest_size=16).digest()
-        ).capitalize()
-        + "."
-    )
+    words = [WORDS[byte] for byte in hashlib.blake2b(what, digest_size=16).digest()]
+    return " ".join(words).capitalize() + "."
 
 
 def completion(body: Body, kind: str | None) -> bytes:
@@ -94,75 +71,61 @@ def completion(body: Body, kind: str | None) -> bytes:
         "prompt_tokens": sum(len(message["content"]) for message in body["messages"]) // 4,
         "completion_tokens": len(text.split()),
     }
-    return json.dumps(
-        {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 1,
-            "model": body["model"],
-            "choices": [choice],
-            "usage": usage,
-        }
-    ).encode()
+    head = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"]}
+    return json.dumps(head | {"choices": [choice], "usage": usage}).encode()
 
 
 def response(body: Body, kind: str | None) -> bytes:
     """All bytes of an HTTP response."""
-    status, extra, content = 200, "", b""
+    status, fields = 200, ["Content-Type: application/json"]
+    before = {"continue": "100 Continue", "early hints": "103 Early Hints"}.get(kind or "", "")
+    content = completion(body, kind)
     if kind == "no choices":
         content = b'{"choices": []}'
-    elif kind is not None and kind[:3].isdigit():
-        status, content = (
-            int(kind[:3]),
-            json.dumps({"error": {"message": f"made-up {kind}"}}).encode(),
-        )
-        if status == 429:
-            extra = f"Retry-After: {formatdate(usegmt=True) if kind == '429 date' else '0.2'}\r\n"
-    else:
-        content = completion(body, kind)
-    length = len(content)
+    elif kind and kind[:3].isdigit():
+        status = int(kind[:3])
+        content = json.dumps({"error": {"message": f"made-up {kind}"}}).encode()
+    if status == 429:
+        wait = {"429 date": formatdate(usegmt=True), "429 long": "500"}.get(kind or "", "0.2")
+        fields.append(f"Retry-After: {wait}")
+    length: int | None = len(content)
     if kind == "not json":
         content = b"<html>" + content[6:]
     if kind == "truncated":
-        content = content[: length // 2]
-    size = f"Content-Length: {length}\r\n"
+        content = content[: len(content) // 2]
     if kind == "chunked":
-        size = "Transfer-Encoding: chunked\r\n"
         parts = [content[:7], content[7:100], content[100:]]
-        content = (
-            b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts)
-            + b"0\r\nTrailer: x\r\n\r\n"
-        )
-    if kind == "until closed":
-        size = ""
+        content = b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts)
+        content += b"0\r\nTrailer: x\r\n\r\n"
+        fields.append("Transfer-Encoding: chunked")
     if kind == "gzip":
         content = gzip.compress(content)
-        size = f"Content-Encoding: gzip\r\nContent-Length: {len(content)}\r\n"
-    return (
-        f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{size}{extra}\r\n".encode()
-        + content
-    )
+        length = len(content)
+        fields.append("Content-Encoding: gzip")
+    if kind == "204":
+        content = b""
+    if kind not in ("chunked", "until closed", "204"):
+        fields.append(f"Content-Length: {length}")
+    start = f"HTTP/1.1 {before}\r\n\r\n" if before else ""
+    return "\r\n".join([f"{start}HTTP/1.1 {status} X", *fields, "", ""]).encode() + content
 
 
 class FakeServer:
-    """Serves on 127.0.0.1, in a thread of its own when used as a context manager. `requests`,
-    `kinds` and `times` hold every request in order of arrival.
+    """Serves on 127.0.0.1, in a thread when used as a context manager. `requests`, `targets`,
+    `kinds` and `times` describe all requests in the order of arrival.
     """
 
     def __init__(
-        self,
-        latency: float = 0.0,
-        misbehave: Callable[[Body, int], str | None] = lambda body, number: None,
-        log: Path | None = None,
+        self, latency: float = 0.0, misbehave: Misbehave = lambda body, number: None
     ) -> None:
         self.latency, self.misbehave = latency, misbehave
         self.requests: list[Body] = []
+        self.targets: list[str] = []  # of the request lines
         self.kinds: list[str | None] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
         self.most_active = self.active = self.connections = 0
         self.url = ""
-        self._log = log.open("a", encoding="utf-8") if log else None
 
     async def serve(self, ready: Callable[[], object]) -> None:
         """Serve until cancelled; `ready` is called once `url` is set."""
@@ -174,16 +137,11 @@ class FakeServer:
         await server.serve_forever()
 
     def take(self, body: Body) -> str | None:
-        """Note one request and say what goes wrong with it."""
+        """Record a request and return what goes wrong with it."""
         kind = self.misbehave(body, len(self.requests))
         self.requests.append(body)
         self.kinds.append(kind)
         self.times.append(time.monotonic())
-        if self._log:
-            self._log.write(
-                json.dumps({"text": body["messages"][-1]["content"], "kind": kind}) + "\n"
-            )
-            self._log.flush()
         return kind
 
     def __enter__(self) -> FakeServer:
@@ -207,7 +165,7 @@ class FakeServer:
 
 
 class Connection(asyncio.Protocol):
-    """One connection of a client: reads a request, waits for the latency, answers, reads the next."""
+    """One connection: reads a request, waits for the latency, answers, and reads the next."""
 
     def __init__(self, server: FakeServer) -> None:
         self.server, self.buffer = server, b""
@@ -229,12 +187,13 @@ class Connection(asyncio.Protocol):
             return
         self.buffer = rest[length:]
         self.server.keys.add(fields.get(b"authorization", b"").decode())
+        self.server.targets.append(head.split()[1].decode())
         body = json.loads(rest[:length])
         kind = self.server.take(body)
         self.server.active += 1
         self.server.most_active = max(self.server.most_active, self.server.active)
         delay = STALL if kind == "stall" else self.server.latency
-        # made ready at once: making it is part of the latency
+        # The time for making the response is part of the latency.
         loop.call_at(arrived + delay, self.answer, response(body, kind), kind)
 
     def answer(self, ready: bytes, kind: str | None) -> None:
@@ -247,22 +206,17 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def at_random(
-    share: float, kinds: Sequence[str] = KINDS, seed: int = 0
-) -> Callable[[Body, int], str | None]:
-    """Misbehaviour that meets this share of the requests, all kinds alike."""
-    draw = random.Random(seed)
+def at_random(share: float, kinds: Sequence[str] = KINDS) -> Misbehave:
+    """Misbehave for this share of the requests, with all kinds of faults alike."""
+    draw = random.Random(0)
     return lambda body, number: draw.choice(kinds) if draw.random() < share else None
 
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency", type=float, default=0.0)
-    parser.add_argument("--faults", type=float, default=0.0)
-    parser.add_argument("--log", type=Path)
-    words = parser.parse_args()
-    server = FakeServer(words.latency, at_random(words.faults), words.log)
+    server = FakeServer(parser.parse_args().latency)
     asyncio.run(server.serve(lambda: print(server.url, flush=True)))
 
 

@@ -33,9 +33,9 @@ from generate_train_summaries import VIEWS
 PAPERS = 30
 # Hardly any pause between retries.
 QUICK = """
-import sys, generate_train_summaries
-from semcse import command_line, llm
-llm.BACKOFF = (0.001, 0.01)
+import sys, openai, generate_train_summaries
+from semcse import command_line
+openai._base_client.INITIAL_RETRY_DELAY = 0.001
 sys.exit(command_line.run_command(generate_train_summaries.main))
 """
 PERSISTENT = ("--concurrency", "16", "--attempts", "30", "--retries", "30")

@@ -24,7 +24,9 @@ import collect_papers
 import generate_search_queries
 from load_data import read_training_papers
 from semantic_benchmark import read_evaluation_papers
-from semcse import command_line, generation, llm, quality_gate
+from semcse import command_line
+from semcse.generation import GenerationRun, GenerationTask, generate_texts
+from semcse.generation_flags import GenerationFlags
 from semcse.papers import LONGEST_WORD, read_papers
 from settings import Settings, complete
 
@@ -34,9 +36,10 @@ SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     "collect": lambda path, out: collect_papers.CollectedPapers(
         collect_papers.Command(output=str(out), exclude=(str(path),))
     ),
-    "generate": lambda path, out: generation.run_job(
-        llm.Flags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
-        quality_gate.Job("query", (generate_search_queries.QUERY,), texts=1, least=1, words=(2, 9)),
+    "generate": lambda path, out: generate_texts(
+        GenerationFlags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
+        GenerationTask("query", (generate_search_queries.QUERY,), 1, min_texts=1, words=(2, 9)),
+        GenerationRun,
     ),
 }
 
