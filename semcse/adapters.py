@@ -18,7 +18,7 @@ from semcse.errors import UserError
 
 ADAPTER_FILES = ["adapter_config.json", "pytorch_adapter.bin"]
 # How the adapters library connects a "seq_bn" adapter ("pfeiffer" in older versions), the only kind
-# that this module can compute. All other kinds differ in the names of their weights.
+# that this module can compute. Other kinds differ here or in the names of their weights.
 SEQ_BN = {
     "original_ln_before": True,
     "original_ln_after": True,
@@ -97,10 +97,7 @@ def select_task(encoder: Encoder, task: str) -> None:
     """Use a model's LoRA adapter for `task` on every text, as Jina v3's model card does."""
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
-        raise UserError(
-            f"model {encoder.name} has no adapter for the task {task}",
-            "use the files that its authors published",
-        )
+        raise UserError(f"{encoder.name} has no adapter for {task}", "use its authors' files")
 
     def add_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]

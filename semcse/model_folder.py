@@ -1,8 +1,7 @@
 """Model folders: finding, reading, loading and saving them.
 
-A folder that `save_model` writes opens with `transformers.AutoModel` and with
-`sentence_transformers.SentenceTransformer`, and both give our vectors. Our marker, `semcse.json`,
-holds the usage (pooling, metric, maximum length, prompts) that the model was trained with.
+`transformers.AutoModel` and `sentence_transformers.SentenceTransformer` open a saved folder and
+give our vectors. Our marker, `semcse.json`, holds the usage that the model was trained with.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ def find_model(name: str) -> Path | str:
     if (folder / "config.json").is_file():
         return folder
     if name and folder.exists():
-        raise UserError(
-            f"model folder {name} holds no config.json",
-            "give the folder of a model, such as <output-dir>/model of a run",
-        )
+        raise UserError(f"{name} holds no config.json", "give a model folder (OUTPUT-DIR/model)")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -93,9 +89,8 @@ def fetch_from_hub(hub_id: str, patterns: list[str], revision: str = "main") -> 
     # huggingface_hub and its HTTP client raise errors of many types.
     except Exception as error:
         raise UserError(
-            f"model {hub_id} is not a folder here and could not be downloaded from the Hub"
-            f" ({type(error).__name__})",
-            "check the network and the name (semantic_benchmark.py --list-models lists known ones)",
+            f"model {hub_id} cannot be downloaded from the Hub ({type(error).__name__})",
+            "check the name and the network",
         ) from None
 
 
@@ -112,19 +107,16 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the fields of Usage in a folder's sentence-transformers files, {} if it has none.
 
-    The pooling or the metric may be one that this project cannot compute. Modules that it cannot
-    compute, such as a dense layer, are an error.
+    The pooling or the metric may be one that this project cannot compute.
     """
     path = folder / "modules.json"
     if not path.is_file():
         return {}
     with _damage_named(folder):
         modules = [module["type"].rsplit(".", 1)[-1] for module in files.read_json(path)]
-        if not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
-            raise UserError(
-                f"{path}: this project cannot compute these modules: {', '.join(modules)}",
-                "use a model that has Transformer, Pooling and Normalize only",
-            )
+        if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"{path}: unsupported modules: {names}", "use another model")
         config = _read_if_there(folder / "config_sentence_transformers.json")
         prompts = config.get("prompts") or {}
         found = {
@@ -192,7 +184,6 @@ def load_encoder(
     Args:
         name: a folder or a Hub id.
         usage: how to use the model. A `max_length` above the model's limit becomes that limit.
-        device: where to put the model.
         trust_remote_code: run the Python code that the model brings, where it brings any.
         revision: branch, tag or full commit hash of a model from the Hub.
     """
@@ -225,31 +216,34 @@ def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str)
         model, loading = AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
-        # transformers fills missing weights with random numbers. Only one pooling uses the pooler.
-        for key in sorted(loading["missing_keys"]):
-            if usage.pooling == "pooler" or not key.startswith("pooler."):
-                raise ValueError(f"its files lack {key}")
-        # transformers makes up an empty tokenizer where the files of the tokenizer are missing.
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise ValueError("its tokenizer has no files or no tokens")
-    # Bad files raise OSError, ValueError, KeyError, ImportError, and the error types of pickle and
-    # safetensors.
+    # Bad files raise errors of many types.
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise UserError(
             f"model {name} cannot be loaded ({reason})", "check the name, the files and the network"
         ) from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
-        raise UserError(
-            f"model {name} brings its own Python code, without which its vectors are wrong",
-            "give --trust-remote-code if you trust it",
-        )
+        raise own_code_refused(name)
+    # transformers fills missing weights with random numbers. Only one pooling uses the pooler.
+    for key in sorted(loading["missing_keys"]):
+        if usage.pooling == "pooler" or not key.startswith("pooler."):
+            raise UserError(f"model {name} cannot be loaded (it lacks {key})", "check the files")
+    # transformers makes up an empty tokenizer where the files of the tokenizer are missing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"model {name} has no tokenizer", "put its tokenizer files into the folder")
     return model, tokenizer
 
 
+def own_code_refused(name: str) -> UserError:
+    """Return the error for a model whose own Python code is not allowed to run."""
+    return UserError(
+        f"model {name} brings its own Python code, without which its vectors are wrong",
+        "give --trust-remote-code if you trust it",
+    )
+
+
 def _with_nfkc(tokenizer: Any) -> Any:
-    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as
-    SentencePiece does.
+    """Return a DeBERTa tokenizer that maps characters such as ligatures as SentencePiece does.
 
     transformers 5 builds the normalizer of DeBERTa-v2 without SentencePiece's NFKC map, each time
     that the class is loaded. A plain PreTrainedTokenizerFast keeps what tokenizer.json says, so the
@@ -260,9 +254,8 @@ def _with_nfkc(tokenizer: Any) -> Any:
         normalizers.Replace(Regex(NMT_REMOVED), ""),
         normalizers.Replace(Regex(NMT_SPACES), " "),
         normalizers.NFKC(),
+        backend.normalizer,
     ]
-    if backend.normalizer:
-        steps.append(backend.normalizer)
     backend.normalizer = normalizers.Sequence(steps)
     special, length = tokenizer.special_tokens_map, tokenizer.model_max_length
     return fast(tokenizer_object=backend, model_max_length=length, **special)
@@ -271,12 +264,8 @@ def _with_nfkc(tokenizer: Any) -> Any:
 def save_model(encoder: Encoder, folder: Path, base: str) -> None:
     """Write a folder that AutoModel, SentenceTransformer and `load_model` open.
 
-    The folder appears as a whole: if the write fails, nothing changes.
-
-    Args:
-        encoder: the model, with its tokenizer and usage.
-        folder: replaced if it exists.
-        base: the name of the encoder that training started from, for `semcse.json`.
+    The folder is replaced as a whole: if the write fails, nothing changes. `base` is the name of the
+    encoder that training started from, for `semcse.json`.
     """
     usage, model = encoder.usage, cast(Any, encoder.model)
     adapted = any(isinstance(module, AdaptedNorm) for module in model.modules())
@@ -308,14 +297,12 @@ def _save_tokenizer(encoder: Encoder, folder: Path) -> None:
 
 def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
     """File name -> content, in the format that sentence-transformers 2 to 6 read."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if usage.normalize:
-        modules.append(("2_Normalize", "Normalize"))
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     prompts = {"query": usage.query_prompt, "document": usage.document_prompt}
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
+            for i, (path, kind) in enumerate(modules if usage.normalize else modules[:2])
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": size,
