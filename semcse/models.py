@@ -1,7 +1,4 @@
-"""How to use a model: the recipes of the published models (recipes.toml), and `load_model`.
-
-`usage_of` has the order of precedence between flags, model folders and recipes.
-"""
+"""How to use a model: the recipes of the published models (recipes.toml), and `load_model`."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from semcse.model_folder import (
     fetch_from_hub,
     find_model,
     load_encoder,
+    own_code_refused,
     read_marker,
     read_sentence_transformers,
 )
@@ -50,17 +48,14 @@ class Recipe:
     base: str = ""
     task: str = ""
     title_first: bool = False
-    # Mean ranks of title_abstract, abstract_segments and query; purity of clustering.
     published: tuple[float, float, float, float] | None = None
 
 
 def read_recipes(path: Path) -> dict[str, Recipe]:
     """Read recipes from a TOML file: name -> recipe."""
-    recipes = {}
+    recipes, in_usage = {}, {field.name for field in fields(Usage)}
     for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
-        usage = {
-            field.name: table.pop(field.name) for field in fields(Usage) if field.name in table
-        }
+        usage = {key: table.pop(key) for key in in_usage & set(table)}
         if "published" in table:
             table["published"] = tuple(table["published"])
         recipes[name] = Recipe(usage=Usage(**usage), **table)
@@ -96,10 +91,7 @@ def find_recipe(name: str) -> Recipe | None:
 
 
 def title_separator(name: str, tokenizer: Any) -> str:
-    """Return what to put between a title and an abstract that are embedded as one text.
-
-    This is the tokenizer's separator token if the recipe says so, and a space, as in MTEB, if not.
-    """
+    """Return what joins a title and an abstract: a space, as in MTEB, if no recipe says otherwise."""
     recipe = find_recipe(name)
     return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
 
@@ -113,54 +105,48 @@ def usage_of(
     default: Usage = DEFAULT_USAGE,
     trust_remote_code: bool = False,
 ) -> tuple[Usage, dict[str, str]]:
-    """Return how to use a model. Each field comes from the first of these places that has it:
+    """Return how to use a model, and where its pooling, metric and max_length were read.
 
-    1. a flag, that is an argument of this function. It is refused if it contradicts the pooling or
-       the metric in semcse.json, for which the model was trained. On other models it is logged;
-    2. `semcse.json` in the model's folder, which training writes;
-    3. the model's recipe;
-    4. the sentence-transformers files in the model's folder;
-    5. `default`: CLS pooling and Euclidean distance, as in SemCSE's model card, and 512 tokens.
+    Each field comes from the first of these places that has it:
 
-    If a flag replaces the metric of a model that scales its vectors to length 1, the vectors are no
-    longer scaled.
-
-    Returns:
-        The usage, and where its pooling, metric and max_length come from: "flag", "semcse.json",
-        "recipe", "sentence-transformers files" or "settings" (the default).
-
-    Raises:
-        UserError: the model cannot be found or read, or needs another environment or
-            `trust_remote_code`, or an argument contradicts its semcse.json.
+    1. "flag": an argument of this function. It must not contradict the pooling or the metric in
+       semcse.json, for which the model was trained. On other models it is logged;
+    2. "semcse.json" in the model's folder, which training writes;
+    3. "recipe", in recipes.toml;
+    4. "sentence-transformers files" in the model's folder;
+    5. "settings": `default`, which is CLS pooling and Euclidean distance, as in SemCSE's model
+       card, and 512 tokens.
     """
     given = {"pooling": pooling, "metric": metric, "max_length": max_length}
     flags = {key: value for key, value in given.items() if value is not None}
-    found: dict[str, Any]
-    if recipe := find_recipe(name):
-        _check_environment(name, recipe, trust_remote_code)
-        origin, found = "recipe", asdict(recipe.usage)
-    else:
-        folder = _config_folder(name)
-        if marker := read_marker(folder):
-            _check_marker(name, marker, flags, "leave --{key} out")
-            origin, found = "semcse.json", marker
-        else:
-            origin, found = "sentence-transformers files", read_sentence_transformers(folder)
+    origin, found = _read_usage(name, trust_remote_code)
+    if origin == "semcse.json":
+        _check_marker(name, found, flags)
     values = asdict(default) | found | flags
     for key, value in flags.items():
-        if key in found and found[key] != value:
-            log.warning(
-                "%s: %s %s by flag instead of %s (%s)", name, key, value, found[key], origin
-            )
-            values["normalize"] = values["normalize"] and key != "metric"
+        if found.get(key, value) != value:
+            log.warning("%s: %s %s by flag, not %s (%s)", name, key, value, found[key], origin)
+    # Vectors that were scaled to length 1 for one metric are compared unscaled by the other.
+    if found and values["metric"] != found["metric"]:
+        values["normalize"] = False
     for key, allowed in (("pooling", get_args(AnyPooling)), ("metric", get_args(Metric))):
         if values[key] not in allowed:
             what = f"model {name}: this project cannot compute its {key} {values[key]} ({origin})"
-            choices = " or ".join(get_args(Pooling if key == "pooling" else Metric))
-            raise UserError(what, f"give --{key} {choices}")
+            raise UserError(what, f"choose another with --{key}")
     origins = dict.fromkeys(given, "settings") | dict.fromkeys(found, origin)
     origins |= dict.fromkeys(flags, "flag")
     return Usage(**values), {key: origins[key] for key in given}
+
+
+def _read_usage(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Where a model says how it is used, and the fields of Usage that are found there."""
+    if recipe := find_recipe(name):
+        _check_environment(name, recipe, trust_remote_code)
+        return "recipe", asdict(recipe.usage)
+    folder = _config_folder(name)
+    if marker := read_marker(folder):
+        return "semcse.json", marker
+    return "sentence-transformers files", read_sentence_transformers(folder)
 
 
 def load_model(
@@ -175,24 +161,15 @@ def load_model(
 ) -> Encoder:
     """Load any model that turns texts into vectors, to be used as its authors or its training say.
 
-    The arguments take precedence over `semcse.json` in a model's folder, this over the recipe, the
-    recipe over sentence-transformers files, and these over `default`.
+    The encoder's `usage` says how it is used, and its `origins` where this was read.
 
     Args:
         name: a recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
             such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
-        pooling: "cls" or "mean", instead of the model's pooling.
-        metric: "euclidean" or "cosine", instead of the model's metric.
-        max_length: how many tokens to keep of each text, instead of the model's number.
+        pooling, metric, max_length: what to use instead of the model's own values, as in `usage_of`.
         default: how to use a model about which nothing is known.
         device: "auto" takes a GPU where there is one.
         trust_remote_code: allow the model to run the Python code that it brings.
-
-    Returns:
-        An encoder. `encoder.usage` says how it is used and `encoder.origins` where this was read.
-
-    Raises:
-        UserError: the model cannot be found, loaded or used like this.
 
     Example:
         >>> from semcse import load_model
@@ -222,27 +199,20 @@ def load_for_training(
 ) -> Encoder:
     """Load the encoder that training starts from, to be used as `usage` says.
 
-    Neither a recipe nor sentence-transformers files change the usage.
-
-    Raises:
-        UserError: the model cannot be loaded, its semcse.json names another metric or pooling, or
-            it cannot be trained with this usage.
+    No recipe or file changes the usage, but a `semcse.json` must agree with it.
     """
     if recipe := find_recipe(name):
         _check_environment(name, recipe, trust_remote_code)
         if recipe.base:
-            raise UserError(
-                f"--encoder {name} is an adapter, and a trained folder cannot hold one",
-                f"give --encoder {recipe.base}",
-            )
+            # A model folder cannot hold an adapter.
+            raise UserError(f"--encoder {name} is an adapter", f"give --encoder {recipe.base}")
         if recipe.usage.pooling == "last" and usage.pooling == "cls":
             raise UserError(
-                f"--pooling cls: {name} reads from left to right, so its first token does not see"
-                " the text",
+                f"--pooling cls: {name} is a decoder, whose first token does not see the text",
                 "give --pooling mean",
             )
     elif marker := read_marker(_config_folder(name)):
-        _check_marker(name, marker, asdict(usage), "give --{key} {trained}")
+        _check_marker(name, marker, asdict(usage))
     return _load(name, usage, device, trust_remote_code)
 
 
@@ -259,19 +229,19 @@ def _load(name: str, usage: Usage, device: Device, trust_remote_code: bool) -> E
 def _config_folder(name: str) -> Path:
     """The folder with a model's JSON files, which are downloaded if the model is on the Hub."""
     source = find_model(name)
-    if isinstance(source, Path):
-        return source
-    return fetch_from_hub(source, ["*.json", "1_Pooling/*.json"])
+    if isinstance(source, str):
+        return fetch_from_hub(source, ["*.json", "1_Pooling/*.json"])
+    return source
 
 
-def _check_marker(name: str, marker: dict[str, Any], asked: Mapping[str, Any], fix: str) -> None:
+def _check_marker(name: str, marker: dict[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse a metric or a pooling for which the model was not trained."""
     for key in ("metric", "pooling"):
         trained = marker[key]
         if asked.get(key, trained) != trained:
             raise UserError(
-                f"--{key} {asked[key]} contradicts {name}, which was trained with {key} {trained}"
-                " (its semcse.json)",
-                fix.format(key=key, trained=trained),
+                f"--{key} {asked[key]} contradicts {name}: its semcse.json says {key} {trained}",
+                f"give --{key} {trained}",
             )
 
 
@@ -279,19 +249,14 @@ def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> No
     """Refuse a model that cannot or may not run here, before anything is downloaded."""
     if recipe.usage.pooling == "own":
         raise UserError(
-            f"model {name} pools by its own code, which needs {recipe.environment} and is not run"
-            " here",
+            f"model {name} pools by its own code, which needs {recipe.environment}",
             f"embed with its authors' code, as the card of {recipe.hub_id} says",
         )
     if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
         raise UserError(
-            f"model {name} needs {recipe.environment}, because its code does not run on"
-            f" transformers {transformers.__version__}",
+            f"the code of model {name} does not run on transformers {transformers.__version__}",
             f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with"
             " .venv4/bin/python and --trust-remote-code",
         )
     if recipe.remote_code and not trust_remote_code:
-        raise UserError(
-            f"model {name} brings its own Python code, without which its vectors are wrong",
-            "give --trust-remote-code if you trust it",
-        )
+        raise own_code_refused(name)

@@ -406,7 +406,7 @@ def replace_file(name: str, content: bytes | None) -> Callable[[Path], None]:
     ("options", "spoil", "word"),
     [
         ({"residual_before_ln": False}, None, "residual_before_ln"),
-        ({"mh_adapter": True}, None, "mh_adapter"),
+        ({"is_parallel": True}, None, "is_parallel"),
         ({"scaling": "learned"}, None, "scaling"),
         ({"non_linearity": "nonsense"}, None, "nonsense"),
         ({"layers": [0]}, None, "1 layers"),

@@ -169,7 +169,7 @@ def test_a_shorter_length_does_not_contradict_semcse_json(
     usage, origins = usage_of(str(folder), max_length=9)
     assert usage == dataclasses.replace(MARKER_USAGE, max_length=9)
     assert (origins["max_length"], origins["pooling"]) == ("flag", "semcse.json")
-    assert f"{folder}: max_length 9 by flag instead of 30 (semcse.json)" in caplog.text
+    assert f"{folder}: max_length 9 by flag, not 30 (semcse.json)" in caplog.text
 
 
 def test_a_flag_on_a_recipe_is_logged_and_recorded(
@@ -182,7 +182,7 @@ def test_a_flag_on_a_recipe_is_logged_and_recorded(
     assert (model.name, model.usage) == (name, Usage("mean", "cosine", 40))
     # The flag that changes nothing, --metric cosine, needs no warning.
     assert [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING] == [
-        f"{name}: pooling mean by flag instead of cls (recipe)"
+        f"{name}: pooling mean by flag, not cls (recipe)"
     ]
     used = f"{name}: pooling mean (flag), metric cosine (flag), max_length 40 (recipe)"
     assert used in caplog.text
