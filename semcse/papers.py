@@ -78,9 +78,8 @@ def read_papers(
         skip_invalid: leave out bad lines and log how many, instead of stopping at the first.
     """
     ids: set[str] = set()
-    parsed = _parsed_lines(path, lambda line: _parse_paper(line, need, ids), skip_invalid, "paper")
-    for _, paper in parsed:
-        yield paper
+    lines = _parsed_lines(path, lambda line: _parse_paper(line, need, ids), skip_invalid, "paper")
+    return (paper for _, paper in lines)
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
