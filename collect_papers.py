@@ -1,11 +1,8 @@
 """Makes a papers file from SciRepEval, SciDocs, any other Hub data set, or your own CSV, JSON,
-parquet or BibTeX file.
+parquet or BibTeX file. The same command resumes a run that was interrupted.
 
     python collect_papers.py --source scidocs --output data/scidocs.jsonl.gz
     python collect_papers.py --input library.csv --id DOI --title Title --output papers.jsonl
-
-Rows are streamed, and papers that are left out are counted by reason. The same command resumes a
-run that was interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -65,7 +61,7 @@ class Command:
     split: str = "train"  # split of the data set
     id: str = "id"  # column of the ids; a paper without one gets a hash of title and abstract
     title: str = "title"  # column of the titles
-    abstract: str = "abstract"  # column of the abstracts; it and the titles may be nested
+    abstract: str = "abstract"  # column of the abstracts; both columns may be nested
     field: str = ""  # column of the fields of study, if any
     query: str = ""  # column of search queries, if any
     summaries: str = ""  # column of summaries (a text or a list of texts), if any
@@ -95,9 +91,7 @@ def scidocs_fields() -> dict[str, str]:
 
 
 def paper_of(row: dict[str, Any], command: Command, stream: str, fields: dict[str, str]) -> Paper:
-    """Makes a Paper of an object from a row. `stream` becomes the paper's `source`; `fields` holds
-    known fields of study by paper id.
-    """
+    """Makes a Paper of an object in a row. `fields` holds known fields of study by paper id."""
     names = ("title", "abstract", "field", "query")
     texts: dict[str, Any] = {name: text_of(row.get(getattr(command, name))) for name in names}
     columns = ID_COLUMNS.get(command.source or "", (command.id,))
@@ -226,7 +220,7 @@ def collect(command: Command) -> None:
     papers = CollectedPapers(command)
     fields = scidocs_fields() if command.source == "scidocs" else {}
     row: dict[str, Any] = {}
-    limit = command.limit or math.inf
+    limit = command.limit or sys.maxsize
     bar = tqdm(total=command.limit or None, initial=papers.kept, desc="collecting", unit="paper")
     with command_line.StopSignal() as stop, bar:
         for number, (name, row) in enumerate(papers.mixed_rows(), start=1):

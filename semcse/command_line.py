@@ -28,9 +28,8 @@ FIXES = {
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command`, report a failure as one line on stderr, and return the exit code.
-
-    Bugs, such as a TypeError, keep their traceback, but without secrets.
+    """Run `command`, report a failure as one line on stderr, and return the exit code. Bugs, such
+    as a TypeError, keep their traceback, but without secrets.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = lambda *fault: print(
@@ -80,10 +79,8 @@ def parse_command_line(kind: type[T], args: Sequence[str] | None, default: T) ->
 
 
 class StopSignal:
-    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step.
-
-    A second signal ends the block at once, unless `patient` is true: launchers and schedulers
-    send the same signal twice.
+    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step. A
+    second signal ends the block at once, unless it is `patient`: launchers send a signal twice.
     """
 
     def __init__(self, patient: bool = False) -> None:

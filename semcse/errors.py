@@ -1,8 +1,7 @@
 """The exceptions that end a script with one error line, and text that is safe to print.
 
-Exit codes of every script: 0 done; 2 bad usage or bad input (UserError), and nothing was written;
-1 a fault at run time (RunError, a full disk), and everything done so far is kept; 130 after Ctrl-C;
-143 after SIGTERM.
+Exit codes: 0 done; 2 bad usage or bad input (UserError), and nothing was written; 1 a fault at run
+time (RunError, a full disk), and everything done so far is kept; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ Row = dict[str, Any]
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, to which the block writes a file or a folder that replaces `path`.
-
-    If the block raises, `path` keeps its old content and the temporary one is removed.
+    """Yield a temporary path, to which the block writes a file or a folder that replaces `path`. If
+    the block raises, `path` keeps its old content and the temporary one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -153,9 +152,8 @@ def _line(row: Row) -> bytes:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, named `.NAME.lock`. UserError: another process holds it.
-
-    The kernel releases the lock when the process ends, even if it is killed.
+    """Hold the lock file `path`, named `.NAME.lock`. UserError: another process holds it. The
+    kernel releases the lock when the process ends, even if it is killed.
     """
     held = filelock.FileLock(path)
     try:

@@ -90,17 +90,15 @@ def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[i
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (1-based line number, raw line) of each line that is not blank.
-
-    The path "-" means standard input. Gzip is detected from the first two bytes, not from the name.
+    """Yields (1-based line number, raw line) of each line that is not blank. The path "-" means
+    standard input. Gzip is detected from the first two bytes, not from the name.
     """
     try:
         with Path("/dev/stdin" if str(path) == "-" else path).open("rb") as raw:
             zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # peek, because a pipe cannot be rewound
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
-            number = 0
-            while line := stream.readline(LONGEST_LINE):
-                number += 1
+            lines = iter(lambda: stream.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
                 if len(line) == LONGEST_LINE:
                     what = f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB"
                     raise UserError(what, "write one paper per line")

@@ -26,11 +26,9 @@ def check_output_folder(output: Path) -> None:
 
 
 class RunFolder:
-    """The output folder of one run.
-
-    A run works in `path`, and is unfinished while the file UNFINISHED is there. If `output`
-    already holds a finished run, the new run works in a hidden folder next to it, which replaces
-    `output` when the new run finishes. The old results stay whole until then.
+    """The output folder of one run, which works in `path`, and is unfinished while the file
+    UNFINISHED is there. If `output` already holds a finished run, the new run works in a hidden
+    folder next to it, which replaces `output` when the new run finishes.
     """
 
     def __init__(self, output: Path) -> None:

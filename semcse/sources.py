@@ -33,9 +33,8 @@ def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """Opens one split of a data set on the Hub, or in a folder, as a `datasets.IterableDataset`.
-
-    If a repository still has a loading script, or does not describe its configs, the Hub's parquet
+    """Opens one split of a data set on the Hub, or in a folder, as a `datasets.IterableDataset`. If
+    a repository still has a loading script, or does not describe its configs, the Hub's parquet
     conversion (revision refs/convert/parquet) is read.
     """
     from datasets import load_dataset
