@@ -151,9 +151,7 @@ def _parse_paper(line: bytes, need: Collection[str], ids: set[str]) -> Paper:
     summaries, visits = row.get("summaries", []), row.get("visits", 1)
     for key, text in texts.items():
         if not isinstance(text, str):
-            raise UserError(
-                f'key "{key}" is not a string', "make it a string, or leave the key out"
-            )
+            raise UserError(f'key "{key}" is not a string', "make it a string or leave it out")
     if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
         raise UserError('key "summaries" is not a list of strings', "make it a list of strings")
     if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
