@@ -1,14 +1,13 @@
-"""Embeds papers, or lines of text: one float32 vector each, by any model or recipe of the
-benchmark, for search, maps and statistics.
+"""Embeds papers, or lines of text, with any model or recipe of the benchmark: one float32 vector
+each, for search, maps and statistics.
 
-python embed_papers.py --model runs/quickstart-euclidean/model --input papers.jsonl.gz --output
-vectors.npy
+    python embed_papers.py --model runs/quickstart-euclidean/model --input papers.jsonl.gz \
+        --output vectors.npy
 
-Memory holds one chunk of texts with its vectors, and the papers' ids (some 100 bytes each). A chunk
-is a file in the folder OUTPUT.parts, whole or not there: a run that was stopped, however, goes on
-with the same command and gives the same bytes (on a CPU with as many threads). In the end the
-folder becomes OUTPUT, OUTPUT.json (model, use, counts) and, for .npy, OUTPUT.ids.jsonl (id and
-title of each row).
+The script saves each chunk of texts as one file in the folder OUTPUT.parts. The same command
+continues an interrupted run and gives the same bytes (on a CPU with as many threads). At the end
+the folder becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy,
+OUTPUT.ids.jsonl (id and title of each row). Memory holds one chunk and the ids of the papers.
 """
 
 from __future__ import annotations
@@ -38,128 +37,113 @@ from semcse.types import Device, Metric, Pooling, Precision
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Embed papers, or lines of text; the same command again continues a run that was stopped."""
+    """Embed papers or lines of text. The same command continues a run that was interrupted."""
 
     model: str = ""  # recipe name, Hub id, or folder
-    # papers file, or text with one text a line (*.txt); gzipped or not; "-" for standard input
+    # papers file, or text file with one text per line (*.txt), gzipped or not; "-": standard input
     input: str = ""
-    # *.npy (memory-mappable, with *.npy.ids.jsonl beside it) or *.parquet (columns id, title,
-    # vector)
-    output: str = ""
-    # what the input holds where its name does not tell; standard input: papers
-    format: Literal["papers", "lines"] | None = None
-    # what is embedded of a paper; none: as its recipe says, else the abstract
+    output: str = ""  # *.npy (with *.npy.ids.jsonl) or *.parquet (columns id, title, vector)
+    format: Literal["papers", "lines"] | None = None  # default: lines for *.txt, else papers
+    # text of a paper to embed; default: as the model's recipe says, else the abstract
     text: Literal["abstract", "title_abstract", "title"] | None = None
-    pooling: Pooling | None = None  # overrides the model's own pooling
-    metric: Metric | None = None  # overrides the model's own metric
-    max_length: int | None = None  # overrides the tokens kept of a text
-    # 2/8: embed only the second of eight shares, and leave it in OUTPUT.parts; shares may run side
-    # by side or on several machines
+    pooling: Pooling | None = None  # overrides the model's pooling
+    metric: Metric | None = None  # overrides the model's metric
+    max_length: int | None = None  # overrides the model's maximum number of tokens
+    # 2/8: embed only the second of eight shares and leave it in OUTPUT.parts; shares may run in
+    # parallel or on several machines
     shard: str = "1/1"
-    # 8: make the output of the eight shares in OUTPUT.parts, byte for byte what one process would
-    # have written
-    merge: int = 0
-    # texts embedded and saved together: what memory holds, and what a kill can cost
-    chunk: int = 4096
-    # count and log bad lines, papers without the text among them, instead of stopping at the first
-    skip_invalid: bool = False
+    merge: int = 0  # 8: combine eight shares in OUTPUT.parts to the output of a single run
+    chunk: int = 4096  # texts that are held in memory and saved together
+    skip_invalid: bool = False  # log and skip bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
-    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
-    # bf16: several times as fast where the hardware has it natively, cosine to float32 above 0.999;
-    # auto: bf16 there
+    device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
+    # bf16: faster if the hardware supports it, cosine to float32 above 0.999; auto: bf16 if so
     precision: Precision = "float32"
 
 
 def checked(command: Command) -> Command:
-    """The command with its format. UserError: it cannot work; before anything is read or loaded."""
-    lines = (
-        command.format == "lines"
-        if command.format
-        else command.input.removesuffix(".gz").endswith(".txt")
+    """Returns the command with its format filled in.
+
+    Raises:
+        UserError: the flags cannot work together. No file has been read by then.
+    """
+    is_text = command.input.removesuffix(".gz").endswith(".txt")
+    command = dataclasses.replace(
+        command, format=command.format or ("lines" if is_text else "papers")
     )
     if not command.output.endswith((".npy", ".parquet")):
         raise UserError(
-            f"--output {command.output or 'missing'}: is neither .npy nor .parquet",
-            "name one of these",
+            f"--output {command.output or 'is missing'}", "give a file name *.npy or *.parquet"
         )
     whole = shard_slice(command.shard).step == 1
     if not (whole if command.merge else command.model and command.input):
         raise UserError(
-            "--model or --input is missing, or --shard stands beside --merge",
-            "give both; embed every share before --merge",
+            "--model or --input is missing, or --shard is given together with --merge",
+            "give --model and --input, or --merge after all shares are embedded",
         )
-    if (
-        command.merge < 0
-        or command.chunk < 1
-        or (command.max_length is not None and command.max_length < 3)
-        or (command.text and lines)
-    ):
-        raise UserError(
-            "--merge, --chunk or --max-length is too small, or --text is given for lines",
-            "give at least 1, 1, 3, and --text for papers only",
-        )
-    return dataclasses.replace(command, format="lines" if lines else "papers")
+    max_length = 3 if command.max_length is None else command.max_length
+    if command.merge < 0 or command.chunk < 1 or max_length < 3:
+        raise UserError("--merge, --chunk or --max-length is too small", "give at least 1, 1 and 3")
+    if command.text and command.format == "lines":
+        raise UserError("--text is given for lines of text", "give it only for a papers file")
+    return command
 
 
 def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
-    """The input, some papers at a time. A line of text becomes a paper: its number is the id, its
-    first words are the title, all of it the abstract.
+    """The input, one chunk at a time; `keys` are the texts that each paper must have.
+
+    A line of text becomes a paper: its line number is the id, its first 100 characters are the
+    title, and all of it is the abstract.
     """
     papers = read_papers(command.input, keys, command.skip_invalid)
     if command.format == "lines":
-        papers = (
-            Paper(str(number), line[:100], line)
-            for number, line in text_lines(command.input, command.skip_invalid)
-        )
+        lines = text_lines(command.input, command.skip_invalid)
+        papers = (Paper(str(number), line[:100], line) for number, line in lines)
     while chunk := list(itertools.islice(papers, command.chunk)):
         yield chunk
 
 
 def load_chunk(path: Path) -> dict[str, Any]:
-    """A saved chunk: vectors (n, d) float32, ids (n JSON lines as bytes), cut, seconds, digest.
-    UserError: missing or damaged.
+    """Reads a saved chunk: "vectors" (n, d) float32, "ids" (n JSON lines as bytes), "cut" (number
+    of truncated texts), "seconds" and "digest".
+
+    Raises:
+        UserError: the file is missing or damaged.
     """
     try:
         with np.load(path) as saved:
             return dict(saved)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: cannot be read ({error})",
-            "delete it and embed again: only this chunk is made anew",
+            f"{path}: cannot be read ({error})", "delete it and run the same command again"
         ) from None
 
 
-def make_chunk(encoder: Any, papers: list[Paper], texts: list[str], digest: str) -> dict[str, Any]:
-    """Embed one chunk (see `load_chunk`)."""
+def save_chunk(
+    path: Path, encoder: Any, papers: list[Paper], texts: list[str], digest: str
+) -> None:
+    """Embeds the texts of a chunk and saves them (see `load_chunk`)."""
     started = time.monotonic()
     found = encoder.embed(texts, encoder.usage.document_prompt)
-    vectors, seconds = found.vectors.numpy().astype("<f4"), time.monotonic() - started
-    ids = "".join(
-        json.dumps({"id": one.id, "title": one.title}, ensure_ascii=False) + "\n" for one in papers
-    ).encode()
-    return {
-        "vectors": vectors,
-        "ids": np.frombuffer(ids, np.uint8),
-        "cut": found.cut,
-        "seconds": seconds,
-        "digest": digest,
-    }
+    seconds = time.monotonic() - started
+    rows = [{"id": paper.id, "title": paper.title} for paper in papers]
+    ids = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with files.atomic_path(path) as partial, partial.open("wb") as handle:
+        np.savez(
+            handle,
+            vectors=found.vectors.numpy().astype("<f4"),
+            ids=np.frombuffer(ids, np.uint8),
+            cut=found.cut,
+            seconds=seconds,
+            digest=digest,
+        )
 
 
-def embed(command: Command, folder: Path) -> None:
-    """Embed every chunk of this share that is not in `folder` yet. A chunk's digest covers the
-    settings and the input up to its end.
-    """
+def load_encoder(command: Command, text: str) -> tuple[Any, dict[str, Any]]:
+    """Loads the model and lists everything besides the input that decides what the vectors are."""
     from semcse.encoder import uses_bf16
-    from semcse.models import find_recipe, load_model, title_separator
+    from semcse.models import load_model, title_separator
 
-    part, parts = map(int, command.shard.split("/"))
-    title_first = getattr(find_recipe(command.model), "title_first", False)
-    text = command.text or (
-        "title_abstract" if title_first and command.format == "papers" else "abstract"
-    )
-    chunks = read_chunks(command, keys := text.split("_"))
-    chunks = itertools.chain([next(chunks)], chunks)  # a wrong input shows before a model is loaded
     encoder = load_model(
         command.model,
         command.pooling,
@@ -169,58 +153,58 @@ def embed(command: Command, folder: Path) -> None:
         trust_remote_code=command.trust_remote_code,
     )
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
-    separator = title_separator(command.model, encoder.tokenizer) if len(keys) > 1 else ""
-    # tells one model from another, not one machine's rounding
+    # Tells models apart; its nine digits do not depend on how a machine rounds the sum.
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())
-    made = dataclasses.asdict(encoder.usage) | {
+    separator = title_separator(command.model, encoder.tokenizer) if "_" in text else ""
+    return encoder, dataclasses.asdict(encoder.usage) | {
         "text": text,
         "separator": separator,
         "chunk": command.chunk,
         "bf16": encoder.bf16,
         "weights": f"{weights:.9g}",
     }
-    before = files.read_json(folder / "made.json") if any(folder.glob("*.npz")) else made
-    if changed := [
-        f"{key} was {before.get(key)!r}, is {value!r}"
-        for key, value in made.items()
-        if before.get(key) != value
-    ]:
+
+
+def embed(command: Command, folder: Path) -> None:
+    """Embeds every chunk of this share that is not in `folder` yet.
+
+    Raises:
+        UserError: `folder` holds chunks of another input or of other settings.
+    """
+    from semcse.models import find_recipe
+
+    part, parts = map(int, command.shard.split("/"))
+    joined = command.format == "papers" and getattr(
+        find_recipe(command.model), "title_first", False
+    )
+    text = command.text or ("title_abstract" if joined else "abstract")
+    chunks = read_chunks(command, keys := text.split("_"))
+    chunks = itertools.chain([next(chunks)], chunks)  # finds a bad input before loading a model
+    encoder, made = load_encoder(command, text)
+    record = folder / "made.json"
+    if record.exists() and (before := files.read_json(record)) != made:
         raise UserError(
-            f"{folder}: was begun with other settings ({'; '.join(changed)})",
+            f"{folder}: was begun with other settings ({dict(before.items() - made.items())})",
             "give the same command, or delete that folder to start over",
         )
-    files.write_json(folder / "made.json", made)
-    logging.info(
-        "embedding with %s",
-        ", ".join(
-            f"{key} {value}" for key, value in ({"model": command.model} | made).items() if value
-        ),
-    )
-    total = (
-        sum(1 for _ in raw_lines(command.input)) // parts if Path(command.input).is_file() else None
-    )
-    digest, count = (
-        hashlib.blake2b(json.dumps(made).encode(), digest_size=16),
-        {"rows": 0, "cut": 0, "seconds": 0.0},
-    )
+    files.write_json(record, made)
+    logging.info("embedding with %s: %s", command.model, made)
+    is_file = Path(command.input).is_file()
+    total = sum(1 for _ in raw_lines(command.input)) // parts if is_file else None
+    # The digest of a chunk covers the settings and the input up to the end of the chunk.
+    digest = hashlib.blake2b(json.dumps(made).encode(), digest_size=16)
+    count = {"rows": 0, "cut": 0, "seconds": 0.0}
     with tqdm(total=total, unit="text") as bar:
         for number, papers in enumerate(chunks):
-            texts = [separator.join(getattr(paper, key) for key in keys) for paper in papers]
-            digest.update(
-                json.dumps(
-                    [[paper.id, paper.title, one] for paper, one in zip(papers, texts, strict=True)]
-                ).encode()
-            )
+            texts = [made["separator"].join(getattr(one, key) for key in keys) for one in papers]
+            rows = [[one.id, one.title, text] for one, text in zip(papers, texts, strict=True)]
+            digest.update(json.dumps(rows).encode())
             count["rows"] += len(papers)
-            # chunks are dealt out, not papers: they are computed together
             if number % parts != part - 1:
                 continue
             path = folder / f"{number:08}.npz"
-            if path.exists():
-                bar.initial += len(papers)  # not of this run's rate
-            else:
-                with files.atomic_path(path) as partial, partial.open("wb") as handle:
-                    np.savez(handle, **make_chunk(encoder, papers, texts, digest.hexdigest()))
+            if not path.exists():
+                save_chunk(path, encoder, papers, texts, digest.hexdigest())
             chunk = load_chunk(path)
             if str(chunk["digest"]) != digest.hexdigest():
                 raise UserError(
@@ -230,15 +214,15 @@ def embed(command: Command, folder: Path) -> None:
             count["cut"] += int(chunk["cut"])
             count["seconds"] += float(chunk["seconds"])
             bar.update(len(papers))
-    files.write_json(
-        folder / f"share-{part}-of-{parts}.json",
-        {"model": command.model, "input": digest.hexdigest()} | made | count,
-    )
+    facts = {"model": command.model, "input": digest.hexdigest()} | made | count
+    files.write_json(folder / f"share-{part}-of-{parts}.json", facts)
 
 
 def finish(output: Path, folder: Path, parts: int) -> None:
-    """Make OUTPUT and its companions of the chunks in `folder`. UserError: shares that are missing
-    or do not belong together.
+    """Combines the chunks in `folder` to OUTPUT and its companion files, and deletes the folder.
+
+    Raises:
+        UserError: shares are missing or do not belong together.
     """
     shares = [folder / f"share-{part}-of-{parts}.json" for part in range(1, parts + 1)]
     if missing := [str(part) for part, share in enumerate(shares, 1) if not share.exists()]:
@@ -247,87 +231,64 @@ def finish(output: Path, folder: Path, parts: int) -> None:
             f"run --shard {missing[0]}/{parts}, or copy its files into that folder",
         )
     facts = [files.read_json(share) for share in shares]
-    if other := [
-        share.name
-        for share, fact in zip(shares, facts, strict=True)
-        if fact["input"] != facts[0]["input"]
-    ]:
-        raise UserError(
-            f"{folder}: {', '.join(other)} had other settings or another input than share 1",
-            "embed it again with the same command",
-        )
-    rows, cut, seconds = (
-        facts[0]["rows"],
-        sum(fact["cut"] for fact in facts),
-        sum(fact["seconds"] for fact in facts),
-    )
+    for share, fact in zip(shares, facts, strict=True):
+        if fact["input"] != facts[0]["input"]:
+            raise UserError(
+                f"{share}: had other settings or another input than share 1",
+                "embed it again with the same command",
+            )
+    rows, cut = facts[0]["rows"], sum(fact["cut"] for fact in facts)
+    seconds = sum(fact["seconds"] for fact in facts)
     paths = [folder / f"{number:08}.npz" for number in range(-(-rows // facts[0]["chunk"]))]
     d = load_chunk(paths[0])["vectors"].shape[1]
-    (write_parquet if output.suffix == ".parquet" else write_npy)(
-        folder, map(load_chunk, paths), rows, d
-    )
-    # vectors of an earlier run never stand beside what describes new ones
-    output.unlink(missing_ok=True)
+    write = write_parquet if output.suffix == ".parquet" else write_npy
+    write(folder, map(load_chunk, paths), rows, d)
+    output.unlink(missing_ok=True)  # old vectors must never be next to the new description
     counts = {"rows": rows, "dimension": d, "cut": cut, "share_cut": cut / rows, "seconds": seconds}
-    files.write_json(
-        Path(f"{output}.json"), facts[0] | counts | {"versions": run_folder.versions()}
-    )
-    for name, place in (("ids", f"{output}.ids.jsonl"), ("vectors", output)):
-        if (folder / name).exists():
-            os.replace(folder / name, place)
+    about = facts[0] | counts | {"versions": run_folder.versions()}
+    files.write_json(Path(f"{output}.json"), about)
+    if write is write_npy:
+        os.replace(folder / "ids", f"{output}.ids.jsonl")
+    os.replace(folder / "vectors", output)
     shutil.rmtree(folder)
-    logging.info(
-        "%s: %d rows of %d numbers, %.1f%% of the texts cut, %.1f texts/s",
-        output,
-        rows,
-        d,
-        100 * cut / rows,
-        rows / max(seconds, 1e-9),
-    )
+    logging.info("%s: %d rows, %.1f%% of the texts truncated", output, rows, 100 * cut / rows)
 
 
 def write_npy(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: int) -> None:
-    """The files `vectors`, which is what np.save would write, and `ids`, chunk by chunk."""
+    """Writes the files `vectors`, in the format of np.save, and `ids`."""
     with (
         files.atomic_path(folder / "vectors") as vectors,
         files.atomic_path(folder / "ids") as ids,
         ids.open("wb") as lines,
         vectors.open("wb") as numbers,
     ):
-        np.lib.format.write_array_header_1_0(
-            numbers, {"descr": "<f4", "fortran_order": False, "shape": (rows, d)}
-        )
+        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, d)}
+        np.lib.format.write_array_header_1_0(numbers, header)
         for chunk in chunks:
             numbers.write(chunk["vectors"].tobytes())
             lines.write(chunk["ids"].tobytes())
 
 
 def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: int) -> None:
-    """The file `vectors`: columns id, title and vector (a list of fixed size), one row group a
-    chunk.
-    """
+    """Writes the file `vectors` with the columns id, title and vector, one row group per chunk."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    schema = pa.schema(
-        [("id", pa.string()), ("title", pa.string()), ("vector", pa.list_(pa.float32(), d))]
-    )
+    vector = pa.list_(pa.float32(), d)
+    schema = pa.schema([("id", pa.string()), ("title", pa.string()), ("vector", vector)])
     with (
         files.atomic_path(folder / "vectors") as partial,
         pq.ParquetWriter(partial, schema) as writer,
     ):
         for chunk in chunks:
-            ids = [json.loads(line) for line in chunk["ids"].tobytes().splitlines()]
-            columns = [
-                [one["id"] for one in ids],
-                [one["title"] for one in ids],
-                pa.FixedSizeListArray.from_arrays(chunk["vectors"].reshape(-1), d),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+            lines = chunk["ids"].tobytes().splitlines()
+            papers = map(json.loads, lines)
+            table = [one | {"vector": v} for one, v in zip(papers, chunk["vectors"], strict=True)]
+            writer.write_table(pa.Table.from_pylist(table, schema=schema))
 
 
 def main() -> None:
-    """The script: parse, embed, finish."""
+    """Parses the command line, embeds, and combines the chunks."""
     command = checked(command_line.parse_command_line(Command, None, Command()))
     command_line.log_to_stderr()
     output, folder = Path(command.output), Path(f"{command.output}.parts")

@@ -35,7 +35,7 @@ def main() -> None:
     require_files(settings)
     from load_data import read_training_papers
     from semantic_benchmark import read_evaluation_papers
-    from semcse.checkpoints import facts_of
+    from semcse.checkpoints import describe_run
     from semcse.distributed import join
     from semcse.encoder import Usage
     from semcse.model_folder import save_model
@@ -48,7 +48,7 @@ def main() -> None:
     usage = Usage(settings.pooling, settings.metric, settings.max_length)
     options: Any = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
     encoder = load_for_training(settings.encoder, usage, **options)
-    facts = facts_of(encoder, group, papers, held_out, evaluation)
+    facts = describe_run(encoder, group, papers, held_out, evaluation)
     if group.rank > 0:  # the other processes of a distributed run only train
         train(encoder, papers, held_out, settings, Path(), group)
         return

@@ -1,16 +1,37 @@
-"""The semantic benchmark: title-abstract matching, abstract segments, query matching and
-clustering, for any model; and the Perf score over several.
+"""The semantic benchmark: four tasks that measure how well a model's embeddings capture what
+scientific papers are about, and Perf, which summarizes the scores of several models.
 
-The protocol is written in README ("Benchmark protocol"): what the paper leaves open is our
-definition there. Usage:
     python semantic_benchmark.py --model runs/quickstart-euclidean/model --model all-MiniLM-L6-v2
-        --eval-file data/sample_test.jsonl
-Other harnesses (mteb, SciRepEval) are in docs/other_harnesses.md.
+
+Every text is embedded alone. d(a, b) is the distance that the model is used with: the Euclidean
+distance of the raw vectors, or 1 - cosine similarity. Three tasks rank candidates by their distance
+to a query q, which has one positive p among them:
+
+    task               query                              candidates (the pool)    positive
+    title_abstract     the title of a paper               all abstracts            its abstract
+    abstract_segments  the first half of an abstract      all second halves        its second half
+    query              a search query made for a paper    all abstracts            its abstract
+
+    rank(q)          1 + number of candidates c with d(q, c) < d(q, p)
+                       + half the number of other candidates with d(q, c) = d(q, p)
+    mean_rank        mean of rank(q) over all queries; 1 is best (median_rank: their median)
+    normalised_rank  (mean_rank - 1) / (pool - 1); 0 is best, 0.5 is chance
+    mrr              mean reciprocal rank: mean of 1 / rank(q); 1 is best
+    recall_at_k      share of the queries with rank(q) <= k, for k = 1 and 10; 1 is best
+
+Because ties count half, a model that maps all texts to one vector gets the mean rank of a random
+order, (pool + 1) / 2. The task "clustering" looks for the k = 10 nearest neighbors of an abstract
+among the abstracts of all other papers with a field, such as "Physics":
+
+    purity           mean over all queries of the share of the k neighbors that have the field of
+                       the query; 1 is best. Papers whose field has at most k papers are no queries
+
+These definitions, the halves and k are our choices: the authors' README, model card and main.py do
+not contain them. `semcse/distances.py` computes exact ranks and neighbors block by block.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import statistics
@@ -18,147 +39,142 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from semcse import command_line, files, run_folder
+from semcse.bootstrap import Values, bootstrap_interval, paired_differences
 from semcse.errors import UserError
 from semcse.near_duplicates import SeenPapers
 from semcse.papers import Paper, read_papers
+from semcse.tables import TASKS, main_score, markdown, notes_on, paired_lines, table_lines
 from semcse.types import Device, Metric, Pooling
 from settings import Settings
 
 if TYPE_CHECKING:
-    from semcse.encoder import Embedded, Encoder
-from semcse.bootstrap import Values, bootstrap_interval, paired_differences
-from semcse.tables import TASKS, main_score, markdown, notes_on, paired_lines, table_lines
+    from torch import Tensor
+
+    from semcse.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
+# Ranking task -> its queries, its candidates. The positive comes from the same paper as the query.
+RANKING_TASKS = {
+    "title_abstract": ("titles", "abstracts"),
+    "abstract_segments": ("first halves", "second halves"),
+    "query": ("queries", "abstracts"),
+}
+
 
 def halves(abstract: str) -> tuple[str, str] | None:
-    """Cut an abstract in two after a sentence end (`.`, `!` or `?` before white space), as close to
-    half of its characters as possible.
+    """Split an abstract in two at the sentence end closest to half of its characters.
 
-    The earlier place wins a tie; the white space at the cut is dropped. None where there is no such
-    place. The paper's own rule is unknown; this is ours.
+    A sentence end is `.`, `!` or `?` followed by white space, which is dropped. The earlier one
+    wins a tie. Returns None if there is no sentence end inside the abstract.
     """
     text = abstract.strip()
-    if not (places := [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]):
+    spaces = [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]
+    if not spaces:
         return None
-    start, end = min(places, key=lambda place: abs(place[0] - len(text) / 2))
+    start, end = min(spaces, key=lambda space: abs(space[0] - len(text) / 2))
     return text[:start], text[end:]
-
-
-NEIGHBOURS = 10  # k of the clustering task
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's scores: `report` is what benchmark.json holds, `per_paper` a rank or purity for
-    each paper (NaN where the task left it out).
-    """
+    """The scores of one model on a list of papers."""
 
-    report: dict[str, Any]
-    per_paper: dict[str, Values]
-    abstracts: Any = None  # (n, d) tensor: the abstracts' vectors
-
-
-def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """The papers of an evaluation file: all have title and abstract, and there are at least two.
-    UserError: see `load_data.read_papers`.
-    """
-    papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
-    if len(papers) < 2:
-        raise UserError(f"{path}: holds one paper only", "ranks need at least two")
-    return papers
+    report: dict[str, Any]  # the measured part of benchmark.json
+    per_paper: dict[str, Values]  # task -> (papers,) rank or purity; NaN: the paper is no query
+    abstracts: Tensor  # (papers, d) vectors of the abstracts
 
 
 def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") -> Evaluation:
-    """Score one model on the four tasks. Abstracts are embedded once and shared by three of them.
+    """Score one model on the four tasks.
 
     Args:
-        encoder: the model, used as its `usage` says.
-        papers: with title and abstract; `query` and `field` where known.
-        seed: of the bootstrap and of the order in which exactly equal neighbours are taken.
-        label: name on the progress bars; empty for none.
+        encoder: the model; its `usage` gives the distance and the prompts.
+        papers: at least two, with title and abstract; `query` and `field` may be empty.
+        seed: seed of the bootstrap, and of the order of neighbors at exactly the same distance.
+        label: name on the progress bars; no bars if empty.
     """
-    usage = encoder.usage
-    done: list[Embedded] = []
-
-    def embed(texts: list[str], prompt: str, what: str) -> Any:
-        done.append(encoder.embed(texts, prompt, f"{label}: {what}" if label else ""))
-        return done[-1].vectors
-
-    segments = [halves(paper.abstract) for paper in papers]
-    whole = [i for i, pair in enumerate(segments) if pair]
-    asked = [i for i, paper in enumerate(papers) if paper.query.strip()]
     started = time.perf_counter()
-    abstracts = embed([paper.abstract for paper in papers], usage.document_prompt, "abstracts")
-    titles = embed([paper.title for paper in papers], usage.query_prompt, "titles")
-    first = embed([pair[0] for pair in segments if pair], usage.document_prompt, "first halves")
-    second = embed([pair[1] for pair in segments if pair], usage.document_prompt, "second halves")
-    queries = embed([papers[i].query for i in asked], usage.query_prompt, "queries")
+    texts = _texts(papers)
+    vectors, truncated = _embed(encoder, texts, label)
     embedded = time.perf_counter()
-    everything = list(range(len(papers)))
-    results = {
-        "title_abstract": _matching(
-            titles, abstracts, everything, everything, usage.metric, len(papers)
-        ),
-        "abstract_segments": _matching(
-            first, second, whole, list(range(len(whole))), usage.metric, len(papers)
-        ),
-        "query": _matching(queries, abstracts, asked, asked, usage.metric, len(papers)),
-        "clustering": clustering(abstracts, [paper.field for paper in papers], usage.metric, seed),
-    }
-    tasks = {
-        name: _with_interval(name, task, values, seed) for name, (task, values) in results.items()
-    }
-    tasks["abstract_segments"]["left_out"] = len(papers) - len(whole)
-    seconds = {
-        "embedding": round(embedded - started, 3),
-        "tasks": round(time.perf_counter() - embedded, 3),
-    }
-    truncated = sum(one.cut for one in done) / sum(len(one.vectors) for one in done)
+    metric, fields = encoder.usage.metric, [paper.field for paper in papers]
+    tasks, per_paper = {}, {}
+    for task, (queries, candidates) in RANKING_TASKS.items():
+        row = {paper: i for i, paper in enumerate(texts[candidates])}
+        positives = [row[paper] for paper in texts[queries]]
+        tasks[task], found = ranking(vectors[queries], vectors[candidates], positives, metric, seed)
+        per_paper[task] = np.full(len(papers), np.nan)
+        per_paper[task][list(texts[queries])] = found
+    tasks["abstract_segments"]["left_out"] = len(papers) - len(texts["first halves"])
+    tasks["clustering"], per_paper["clustering"] = clustering(
+        vectors["abstracts"], fields, metric, seed
+    )
+    done = time.perf_counter()
     report = {
         "tasks": tasks,
         "n_papers": len(papers),
-        "truncated_share": round(truncated, 6),
-        "seconds": seconds,
+        "truncated_share": round(truncated / sum(map(len, texts.values())), 6),
+        "seconds": {"embedding": round(embedded - started, 3), "tasks": round(done - embedded, 3)},
     }
-    return Evaluation(report, {name: values for name, (_, values) in results.items()}, abstracts)
+    return Evaluation(report, per_paper, vectors["abstracts"])
 
 
-def _matching(
-    queries: Any,
-    candidates: Any,
-    owners: list[int],
-    positives: list[int],
-    metric: Metric,
-    papers: int,
+def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
+    """Kind of text -> number of the paper -> text, without the papers that lack such a text."""
+    segments = {i: pair for i, paper in enumerate(papers) if (pair := halves(paper.abstract))}
+    return {
+        "abstracts": {i: paper.abstract for i, paper in enumerate(papers)},
+        "titles": {i: paper.title for i, paper in enumerate(papers)},
+        "first halves": {i: first for i, (first, _) in segments.items()},
+        "second halves": {i: second for i, (_, second) in segments.items()},
+        "queries": {i: paper.query for i, paper in enumerate(papers) if paper.query.strip()},
+    }
+
+
+def _embed(
+    encoder: Encoder, texts: Mapping[str, Mapping[int, str]], label: str
+) -> tuple[dict[str, Tensor], int]:
+    """Embed every text once. Returns the vectors by kind, and how many texts were truncated."""
+    vectors, truncated = {}, 0
+    for kind, by_paper in texts.items():
+        usage = encoder.usage
+        prompt = usage.query_prompt if kind in ("titles", "queries") else usage.document_prompt
+        bar = f"{label}: {kind}" if label else ""
+        embedded = encoder.embed(list(by_paper.values()), prompt, bar)
+        vectors[kind] = embedded.vectors
+        truncated += embedded.cut
+    return vectors, truncated
+
+
+def ranking(
+    queries: Tensor, candidates: Tensor, positives: list[int], metric: Metric, seed: int
 ) -> tuple[dict[str, Any], Values]:
-    """A ranking task: its scores, and each paper's rank (NaN for papers that are not queries).
-    owners: the paper of each query; positives: its candidate.
+    """Scores of a ranking task (a reason if there are none), and the (n,) ranks of its queries.
+
+    Args:
+        queries: (n, d) float32 vectors.
+        candidates: (pool, d) float32 vectors.
+        positives: for each query, the row of its positive in `candidates`.
+        metric: the distance.
+        seed: seed of the bootstrap.
     """
     import torch
 
     from semcse.distances import ranks
 
-    per_paper = np.full(papers, np.nan)
     pool = len(candidates)
-    if not len(queries) or pool < 2:
-        return {
-            "reason": (
-                "no paper has the text this task needs"
-                if not len(queries)
-                else "fewer than two candidates"
-            )
-        }, per_paper
-    found = ranks(queries, candidates, metric, torch.tensor(positives)).numpy()
-    per_paper[owners] = found
+    if not positives or pool < 2:
+        what = "fewer than two candidates" if positives else "no paper has the text this task needs"
+        return {"mean_rank": None, "reason": what}, np.full(len(positives), np.nan)
+    found: Values = ranks(queries, candidates, metric, torch.tensor(positives)).numpy()
     scores = {
         "mean_rank": float(found.mean()),
         "normalised_rank": float((found.mean() - 1) / (pool - 1)),
@@ -168,108 +184,100 @@ def _matching(
         "recall_at_10": float((found <= 10).mean()),
         "n": len(found),
         "pool": pool,
+        "ci95": list(bootstrap_interval(found, seed)),
     }
-    return scores, per_paper
+    return scores, found
 
 
 def clustering(
-    abstracts: Any, fields: list[str], metric: Metric, seed: int, k: int = NEIGHBOURS
+    abstracts: Tensor, fields: list[str], metric: Metric, seed: int, k: int = 10
 ) -> tuple[dict[str, Any], Values]:
-    """Mean share of a paper's k nearest labelled papers that have its field.
+    """Scores of the clustering task (a reason if there are none), and the purity of each paper,
+    (papers,), which is NaN if the paper is no query.
 
-    The papers are visited in a seeded random order, so that exactly equal distances (a collapsed
-    model) bring chance, not the file's order.
+    Args:
+        abstracts: (papers, d) float32 vectors.
+        fields: (papers,) names; papers with a blank one are left out.
+        metric: the distance.
+        seed: seed of the bootstrap, and of the order of neighbors at exactly the same distance.
+        k: number of neighbors.
     """
     import torch
 
     from semcse.distances import nearest
 
-    per_paper = np.full(len(fields), np.nan)
-    labelled = np.array([i for i, name in enumerate(fields) if name.strip()], dtype=np.int64)
+    purity = np.full(len(fields), np.nan)
+    labelled = np.array([i for i, field in enumerate(fields) if field.strip()], dtype=np.int64)
     labelled = labelled[np.random.default_rng(seed).permutation(len(labelled))]
-    sizes = Counter(fields[i] for i in labelled)
-    query_places = [place for place, i in enumerate(labelled) if sizes[fields[i]] > k]
-    if not query_places:
-        return {"reason": f"no field has more than {k} papers"}, per_paper
-    vectors, places = abstracts[torch.from_numpy(labelled)], torch.tensor(query_places)
-    _, neighbours = nearest(vectors[places], vectors, k, metric, excluded=places)
     names = np.array([fields[i] for i in labelled])
-    same = names[neighbours.numpy()] == names[query_places][:, None]
-    per_paper[labelled[query_places]] = same.mean(axis=1)
+    sizes = Counter(names.tolist())
+    queries = [row for row, name in enumerate(names) if sizes[name] > k]
+    if not queries:
+        return {"purity": None, "reason": f"no field has more than {k} papers"}, purity
+    vectors, rows = abstracts[torch.from_numpy(labelled)], torch.tensor(queries)
+    _, neighbors = nearest(vectors[rows], vectors, k, metric, excluded=rows)
+    same_field = names[neighbors.numpy()] == names[queries][:, None]  # (queries, k)
+    purity[labelled[queries]] = same_field.mean(axis=1)
     scores = {
-        "purity": float(same.mean()),
+        "purity": float(same_field.mean()),
         "k": k,
-        "n": len(query_places),
-        "left_out": len(labelled) - len(query_places),
+        "n": len(queries),
+        "left_out": len(labelled) - len(queries),
         "pool": len(labelled),
+        "ci95": list(bootstrap_interval(purity[~np.isnan(purity)], seed)),
     }
-    return scores, per_paper
-
-
-def _with_interval(name: str, task: dict[str, Any], values: Values, seed: int) -> dict[str, Any]:
-    """A task's scores with the bootstrap 95% interval of its main score, or null scores with the
-    reason.
-    """
-    if "reason" in task:
-        return {main_score(name): None, "reason": task["reason"]}
-    return task | {"ci95": list(bootstrap_interval(values[~np.isnan(values)], seed))}
+    return scores, purity
 
 
 def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Perf of each model relative to the others: the mean over the four tasks of clip(1 - (x -
-    best) / (2 (median - best)), 0, 1) [METHOD: inferred].
+    """Perf of each model: the mean over the four tasks of
+
+        clip(1 - (x - best) / (2 * (median - best)), 0, 1)
+
+    where x is the model's main score, and best and median are over all models. If the median equals
+    the best score, the best models get 1 and the others 0. We inferred the formula from the table
+    in the authors' README: it gives all twelve Perf values there.
 
     Args:
-        tables: model -> task -> main score (mean ranks, and purity for "clustering").
+        tables: model -> task -> main score; None, or no entry, without data.
 
     Returns:
-        model -> Perf in [0, 1]; None for every model if there are fewer than three, and for a model
-            that lacks a task. Where the median equals the best,
-        the best model gets 1 and the others 0.
+        model -> Perf, or None if the model lacks a task or there are fewer than three models.
     """
-    if len(tables) < 3:
-        return dict.fromkeys(tables, None)
-    columns = {
-        task: [x for table in tables.values() if (x := table.get(task)) is not None]
-        for task in TASKS
+    perf: dict[str, list[float]] = {model: [] for model in tables}
+    for task in TASKS:
+        column = {model: x for model, row in tables.items() if (x := row.get(task)) is not None}
+        for model, x in column.items():
+            best = max(column.values()) if task == "clustering" else min(column.values())
+            median = statistics.median(column.values())
+            share = float(x == best) if median == best else 1 - (x - best) / (median - best) / 2
+            perf[model].append(min(1.0, max(0.0, share)))
+    return {
+        model: statistics.fmean(shares) if len(shares) == len(TASKS) and len(tables) > 2 else None
+        for model, shares in perf.items()
     }
-    perf: dict[str, float | None] = {}
-    for model, table in tables.items():
-        scores = [table.get(task) for task in TASKS]
-        complete = [
-            _perf_of_task(task, x, columns[task])
-            for task, x in zip(TASKS, scores, strict=True)
-            if x is not None
-        ]
-        perf[model] = statistics.fmean(complete) if len(complete) == len(TASKS) else None
-    return perf
-
-
-def _perf_of_task(task: str, x: float, column: list[float]) -> float:
-    best = max(column) if task == "clustering" else min(column)
-    median = statistics.median(column)
-    if median == best:
-        return float(x == best)
-    return min(1.0, max(0.0, 1 - 0.5 * (x - best) / (median - best)))
 
 
 def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, seed: int) -> dict[str, Any]:
     """The object of benchmark.json for one model (README, "Benchmark protocol")."""
-    usage = dataclasses.asdict(encoder.usage)
-    head = {
+    usage = asdict(encoder.usage)
+    return {
         "model": encoder.name,
         "metric": usage["metric"],
         "pooling": usage["pooling"],
         "eval_file": eval_file,
+        **evaluation.report,
+        "settings": {**usage, "read_from": dict(encoder.origins), "seed": seed},
+        "versions": run_folder.versions(),
     }
-    return (
-        head
-        | evaluation.report
-        | {
-            "settings": usage | {"read_from": dict(encoder.origins), "seed": seed},
-            "versions": run_folder.versions(),
-        }
-    )
+
+
+def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
+    """Read at least two papers, all with title and abstract. UserError: bad line, or one paper."""
+    papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
+    if len(papers) < 2:
+        raise UserError(f"{path}: holds one paper only", "give a file with at least two papers")
+    return papers
 
 
 @dataclass(frozen=True)
@@ -279,134 +287,94 @@ class Command:
     model: tuple[str, ...] = ()  # recipe name, Hub id, or folder; may be repeated
     list_models: bool = False  # print the known recipes and stop
     pooling: Pooling | None = None  # overrides the model's own pooling
-    metric: Metric | None = None  # overrides the model's own metric
-    max_length: int | None = None  # overrides the tokens kept of a text
-    # papers file with title and abstract; query and field where known
+    metric: Metric | None = None  # overrides the model's own distance
+    max_length: int | None = None  # overrides the number of tokens kept of each text
+    # papers file with title and abstract, and with query and field where known
     eval_file: str = Settings.eval_file
-    # papers file that one of the models was trained on: its papers are left out for all models; may
-    # be repeated
+    # training file of a model; its papers are left out for all models; may be repeated
     trained_on: tuple[str, ...] = ()
-    output_dir: str = "runs/benchmark"  # where benchmark.json and benchmark.md are written
-    skip_invalid: bool = False  # count and log bad lines instead of stopping at the first
+    output_dir: str = "runs/benchmark"  # folder for benchmark.json and benchmark.md
+    skip_invalid: bool = False  # count and log invalid lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
     device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # seed of the bootstrap
 
 
 def run(command: Command) -> None:
-    """Evaluate every named model, print one table, write benchmark.json and benchmark.md."""
-    if command.list_models:
-        from semcse.models import list_of_models
+    """Score every named model, print one table, and write benchmark.json and benchmark.md."""
+    from semcse.models import list_of_models
 
+    if command.list_models:
         print(list_of_models())
         return
     _check(command)
-    papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
-    _check_models(command)
-    papers, dropped = _without_training_papers(papers, command)
-    per_paper: dict[str, Mapping[str, Values]] = {}
-    found = {name: _evaluate_named(name, command, papers, per_paper) for name in command.model}
-    perf = perf_scores(
-        {
-            name: {task: report["tasks"][task][main_score(task)] for task in TASKS}
-            for name, report in found.items()
-        }
-    )
-    paired = paired_differences(per_paper, command.seed)
-    whole = (
-        next(iter(found.values()))
-        if len(found) == 1
-        else {"models": list(found.values()), "perf": perf, "paired": paired}
-    )
-    if command.trained_on:
-        whole["left_out_as_training_papers"] = dropped
-    table = table_lines(found, perf if len(found) > 2 else None) + paired_lines(paired)
+    papers, left_out = _without_training_papers(command)
+    scored = {name: _score_model(name, command, papers) for name in command.model}
+    results = {name: result for name, (result, _) in scored.items()}
+    per_paper = {name: values for name, (_, values) in scored.items()}
+    main_scores = {
+        name: {task: result["tasks"][task][main_score(task)] for task in TASKS}
+        for name, result in results.items()
+    }
+    perf, paired = perf_scores(main_scores), paired_differences(per_paper, command.seed)
+    table = table_lines(results, perf if len(results) > 2 else None) + paired_lines(paired)
     print("\n".join(table))
+    first, *others = results.values()
+    whole = {"models": [first, *others], "perf": perf, "paired": paired} if others else first
+    if command.trained_on:
+        whole["left_out_as_training_papers"] = left_out
+    notes = notes_on(first)
+    notes += [f"{n} papers were left out: they are in {path}." for path, n in left_out.items()]
     output = Path(command.output_dir)
-    notes = notes_on(next(iter(found.values()))) + [
-        f"{count} papers left out: they stand in {path}." for path, count in dropped.items()
-    ]
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
     log.info("wrote %s and benchmark.md", output / "benchmark.json")
 
 
-def _without_training_papers(
-    papers: list[Paper], command: Command
-) -> tuple[list[Paper], dict[str, int]]:
-    """(papers that stand in none of the training files, training file -> how many of its papers
-    were found). UserError: fewer than two papers are left.
-    """
-    dropped: dict[str, int] = {}
-    kept = papers
-    for path in command.trained_on:
-        seen = SeenPapers(read_papers(path, (), command.skip_invalid))
-        dropped[path] = sum(seen.reason(paper) is not None for paper in papers)
-        kept = [paper for paper in kept if seen.reason(paper) is None]
-        log.info(
-            "%s: %d of %d papers of %s stand in it and are left out",
-            path,
-            dropped[path],
-            len(papers),
-            command.eval_file,
-        )
-    if len(kept) < 2:
-        raise UserError(
-            f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on",
-            "evaluate on papers that no model was trained on",
-        )
-    return kept, dropped
-
-
 def _check(command: Command) -> None:
-    """Refuse a command line that cannot work, before anything is read or loaded."""
+    """Refuse a command that cannot work before any paper is read or any model is loaded."""
+    from semcse.models import find_recipe, usage_of
+
     if not command.model:
-        raise UserError("no model named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
+        raise UserError("no model is named", "give --model NAME_OR_ID_OR_DIR, or --list-models")
+    sources = [one.hub_id if (one := find_recipe(x)) else str(Path(x)) for x in command.model]
+    if len(set(sources)) < len(sources):
+        raise UserError("two --model flags name the same model", "name each model once")
     if command.seed < 0:
         raise UserError(f"--seed {command.seed} is negative", "give 0 or more")
     if command.max_length is not None and command.max_length < 3:
         raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
     run_folder.check_output_folder(Path(command.output_dir))
-
-
-def _check_models(command: Command) -> None:
-    """Refuse unknown, contradicted and repeated models before the first is evaluated."""
-    from semcse.models import find_recipe, usage_of
-
-    places: dict[str, str] = {}
+    asked = (command.pooling, command.metric, command.max_length)
     for name in command.model:
-        usage_of(
-            name,
-            command.pooling,
-            command.metric,
-            command.max_length,
-            trust_remote_code=command.trust_remote_code,
+        usage_of(name, *asked, trust_remote_code=command.trust_remote_code)
+
+
+def _without_training_papers(command: Command) -> tuple[list[Paper], dict[str, int]]:
+    """The evaluation papers that are in no file of --trained-on, and how many are in each file."""
+    papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
+    kept, left_out = papers, {}
+    for path in command.trained_on:
+        seen = SeenPapers(read_papers(path, (), command.skip_invalid))
+        found = {paper.id for paper in papers if seen.reason(paper)}
+        kept = [paper for paper in kept if paper.id not in found]
+        left_out[path] = len(found)
+        log.info("left out %d of %d papers: they are in %s", len(found), len(papers), path)
+    if len(kept) < 2:
+        raise UserError(
+            f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on",
+            "evaluate on papers that no model was trained on",
         )
-        recipe = find_recipe(name)
-        place = recipe.hub_id if recipe else str(Path(name))
-        if place in places:
-            raise UserError(
-                f"--model {name} and --model {places[place]} are the same", "name each model once"
-            )
-        places[place] = name
+    return kept, left_out
 
 
-def _evaluate_named(
-    name: str, command: Command, papers: list[Paper], per_paper: dict[str, Mapping[str, Values]]
-) -> dict[str, Any]:
-    """One model's object of benchmark.json; its ranks and purities go into `per_paper`."""
-    encoder = _load(name, command)
-    evaluation = evaluate(encoder, papers, command.seed, name)
-    per_paper[name] = evaluation.per_paper
-    result = describe(encoder, command.eval_file, evaluation, command.seed)
-    return result
-
-
-def _load(name: str, command: Command) -> Encoder:
-    """The model as the command line asks for it."""
+def _score_model(
+    name: str, command: Command, papers: list[Paper]
+) -> tuple[dict[str, Any], dict[str, Values]]:
+    """Load and score one model: its object of benchmark.json, and its scores per paper."""
     from semcse.models import load_model
 
-    return load_model(
+    encoder = load_model(
         name,
         command.pooling,
         command.metric,
@@ -414,10 +382,12 @@ def _load(name: str, command: Command) -> Encoder:
         device=command.device,
         trust_remote_code=command.trust_remote_code,
     )
+    evaluation = evaluate(encoder, papers, command.seed, name)
+    return describe(encoder, command.eval_file, evaluation, command.seed), evaluation.per_paper
 
 
 def main() -> None:
-    """The script: parse, then run."""
+    """Parse the command line and run the benchmark."""
     command = command_line.parse_command_line(Command, None, Command())
     command_line.log_to_stderr()
     run(command)

@@ -39,11 +39,11 @@ from load_data import batch_pairs, steps_per_epoch
 from semcse import checkpoints
 from semcse.command_line import StopSignal
 from semcse.distances import distances, ranks
-from semcse.distributed import ALONE, Group
+from semcse.distributed import SINGLE_PROCESS, ProcessGroup
 from semcse.encoder import Encoder, uses_bf16
 from semcse.errors import RunError, memory_named
 from semcse.files import Journal
-from semcse.packed import parts
+from semcse.packed import split_by_tokens
 from semcse.papers import Paper
 from semcse.types import Metric
 from settings import Loss, Settings
@@ -203,7 +203,7 @@ def train(
     held_out: list[Paper],
     settings: Settings,
     folder: Path,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Progress:
     """Train `encoder` in place. At the end it holds the weights of the best validation.
 
@@ -249,7 +249,7 @@ class Trainer:
         held_out: list[Paper],
         settings: Settings,
         folder: Path,
-        group: Group,
+        group: ProcessGroup,
     ) -> None:
         self.encoder, self.papers, self.settings, self.group = encoder, papers, settings, group
         self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
@@ -312,7 +312,7 @@ class Trainer:
 
         All of them stop if one has received a signal, and take over the progress of rank 0.
         """
-        states = self.group.each((stop.received or 0, self.progress))
+        states = self.group.all_gather_object((stop.received or 0, self.progress))
         stop.received = max(signal for signal, _ in states) or None
         self.progress = states[0][1]
         return (
@@ -380,15 +380,16 @@ class Trainer:
             The loss, and the (2n, d) vectors of all texts.
         """
         device, total = self.encoder.device, len(token_ids)
-        own = self.group.own(token_ids)  # the texts that this process embeds
-        places = parts(own, self.settings.texts_at_once)
-        batches = [[own[i] for i in part] for part in places]
+        share = self.group.local_share(token_ids)  # the texts that this process embeds
+        texts_at_once = self.settings.texts_at_once or len(share)
+        parts = split_by_tokens(share, texts_at_once * max(map(len, share)))
+        batches = [[share[i] for i in part] for part in parts]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             # The activations of the first part are kept: it needs no second embedding.
             first, state = self.encoder.forward(batches[0]).float(), random_state(device)
             with torch.no_grad():
                 others = [self.encoder.forward(batch).float() for batch in batches[1:]]
-        original = torch.tensor([i for part in places for i in part], device=device).argsort()
+        original = torch.tensor([i for part in parts for i in part], device=device).argsort()
         embedded = torch.cat([first, *(other.requires_grad_() for other in others)])[original]
         vectors = self.group.gather(embedded, total)  # (2n, d)
         batch_loss = self._loss(vectors[: total // 2], vectors[total // 2 :])
@@ -480,7 +481,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write weights, optimizer state, random states, best weights and progress."""
-        random_states = self.group.each(random_state(self.encoder.device))
+        random_states = self.group.all_gather_object(random_state(self.encoder.device))
         if self.group.rank > 0:
             return
         tensors: dict[str, Tensor] = {
@@ -505,7 +506,7 @@ class Trainer:
         """Load the newest intact checkpoint, if any, and keep the metrics journal open."""
         begun = self.group.rank == 0 and self.journal.exists()
         newest = checkpoints.newest(self.checkpoints) if begun else None
-        newest = self.group.each(newest, first_only=True)[0]
+        newest = self.group.broadcast_object(newest)
         if newest:
             self._load_checkpoint(*newest)
         done = self.progress.step

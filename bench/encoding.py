@@ -1,5 +1,5 @@
-"""Embedding abstracts beside sentence-transformers (torch, its defaults; and its OpenVINO backend
-where its environment is installed).
+"""Speed of embedding abstracts, compared with sentence-transformers: its defaults on torch, and its
+OpenVINO backend if the environment .venv-openvino exists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPENVINO = ROOT / ".venv-openvino" / "bin" / "python"
 
 
 def rank_shift(half: Encoder, full: Encoder) -> str:
-    """By how much the benchmark's mean ranks change in bf16, on the sample papers."""
+    """How much the benchmark's mean ranks on the sample papers change in bf16."""
     papers = read_evaluation_papers(str(ROOT / "data" / "sample_test.jsonl"))
     one, other = (evaluate(encoder, papers, 0).report["tasks"] for encoder in (half, full))
     shifts = {
@@ -51,7 +51,7 @@ def rank_shift(half: Encoder, full: Encoder) -> str:
 def measure(
     name: str, folder: str, abstracts: list[str], rounds: int, operation: str
 ) -> list[dict[str, Any]]:
-    """Ours in bf16 and in float32 against sentence-transformers' defaults."""
+    """Rows that compare our bf16 and float32 with sentence-transformers' defaults."""
     transformer = Transformer(folder)
     peer = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
@@ -73,7 +73,7 @@ def measure(
     share = linear_operations(full.model) * tokens / best["bf16"] / gemm_peak(torch.bfloat16)
     version = f"sentence-transformers {sentence_transformers.__version__}"
     close = f"cosine to float32 {smallest_cosine(kept['bf16'], kept['theirs']):.6f} or more"
-    if folder == str(find_model(MINILM)):  # random weights rank at random
+    if folder == str(find_model(MINILM)):  # the ranks of a model with random weights mean nothing
         close += f"; {rank_shift(half, full)}"
     exact = f"largest difference {float((kept['float32'] - kept['theirs']).abs().max()):.0e}"
     unit = {
@@ -113,20 +113,13 @@ def measure(
 def openvino(
     abstracts: list[str], ours: float, exact: torch.Tensor, unit: dict[str, str]
 ) -> dict[str, Any]:
-    """The peer to beat next, in a process and an environment of its own."""
+    """The row of the OpenVINO backend, measured in another process and environment."""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "texts.json").write_text(json.dumps(abstracts), encoding="utf-8")
-        command = [
-            str(OPENVINO),
-            str(ROOT / "bench" / "openvino_peer.py"),
-            str(find_model(MINILM)),
-            scratch,
-        ]
-        seconds, version = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
-                -1
-            ]
-        )
+        script = ROOT / "bench" / "openvino_peer.py"
+        command = [OPENVINO, script, find_model(MINILM), scratch]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, version = json.loads(done.stdout.splitlines()[-1])
         vectors = np.load(Path(scratch) / "vectors.npy")
     close = f"its cosine to float32 {smallest_cosine(vectors, exact):.6f} or more"
     return row(
@@ -142,7 +135,7 @@ def openvino(
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    """All rows of embedding."""
+    """Measures all rows of this part."""
     found = measure(
         "MiniLM",
         str(find_model(MINILM)),

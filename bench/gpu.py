@@ -43,14 +43,6 @@ def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 5) -> f
     return best
 
 
-def padded_forward(encoder: Encoder, ids: list[list[int]]) -> Any:
-    """Through transformers' own forward pass."""
-    padded, mask = encoder._pad(ids)
-    return encoder._pool(
-        encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
-    )
-
-
 def training_step(
     encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]], optimizer: Any
 ) -> Callable[[], None]:
@@ -100,7 +92,7 @@ def measure(device: torch.device, peak: float | None) -> list[dict[str, Any]]:
     some = texts(4 if small else 32, 60, 250, 3)
     agreement = smallest_cosine(encoder.embed(some).vectors, reference.embed(some).vectors)
     optimizer = torch.optim.AdamW(encoder.model.parameters(), fused=True)
-    forwards = {"ours": encoder.forward, "theirs": lambda ids: padded_forward(encoder, ids)}
+    forwards = {"ours": encoder.forward, "theirs": lambda ids: encoder.forward_padded(ids)}
     rows = []
     for operation, ids, times, goal in (
         ("gpu_train_deberta", short, 3, 0.30),

@@ -1,11 +1,10 @@
-"""`make bench`: every speed figure of the README, ours and the peers' in one run on the same
-machine, into bench/results.json and bench/results.md.
+"""`make bench`: measures every speed figure of the README, ours and those of other libraries, in
+one run on one machine, and writes bench/results.json and bench/results.md.
 
-python bench/run.py [--quick] [--only training encoding ranking startup llm]      --quick: small
-samples
+    python bench/run.py [--quick] [--only training encoding startup llm]
 
-Runs in .venv-bench (bench/requirements.txt). Ratio = peer's time / our time. Do not use the machine
-for anything else meanwhile.
+--quick takes small samples. Runs in .venv-bench (bench/requirements.txt). A ratio is the time of
+the other library divided by our time. Do not use the machine for anything else at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from common import ROOT, gemm_peak
 
 from semcse import files, run_folder
 
-PARTS = ("training", "encoding", "ranking", "startup", "llm")
+PARTS = ("training", "encoding", "startup", "llm")
 
 
 def machine() -> dict[str, Any]:

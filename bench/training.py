@@ -28,11 +28,11 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import TrainerCallback
 
-from semcse.distributed import ALONE
+from semcse.distributed import SINGLE_PROCESS
 from semcse.model_folder import find_model
 from semcse.papers import Paper
 from settings import Settings, complete
-from train_embedding_model import _Meter, _Trainer
+from train_embedding_model import Throughput, Trainer
 
 SHORTEST, LONGEST = 20, 60  # tokens of a summary
 
@@ -63,13 +63,13 @@ def ours(
             texts_at_once=texts_at_once,
         )
     )
-    trainer = _Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, ALONE)
+    trainer = Trainer(our_encoder(folder), papers, papers[:4], settings, scratch, SINGLE_PROCESS)
 
     def steps(count: int) -> list[float]:
         found = []
         for _ in range(count):
             started = time.perf_counter()
-            trainer._step(_Meter())
+            trainer.train_step(Throughput())
             found.append(time.perf_counter() - started)
         return found
 
@@ -127,9 +127,9 @@ def agreement(folder: str | Path) -> str:
     encoder.model.eval()
     ids = encoder.tokenize(texts(16, SHORTEST, LONGEST, 5), 128)
     found = []
-    for forward in (encoder.forward, lambda ids: plain_forward(encoder, ids)):
+    for forward in (encoder.forward, encoder.forward_padded):
         encoder.model.zero_grad()
-        loss = torch.cdist(*forward(ids).split(8)).exp().mean().log()
+        loss = torch.cdist(*torch.split(forward(ids), 8)).exp().mean().log()
         loss.backward()  # type: ignore[no-untyped-call]
         found.append(
             (
@@ -143,14 +143,6 @@ def agreement(folder: str | Path) -> str:
     return (
         f"float32 loss within {abs(one - other) / abs(other):.0e}, gradients within {worst:.0e} of"
         " the whole gradient"
-    )
-
-
-def plain_forward(encoder: Any, ids: list[list[int]]) -> Any:
-    """The padded path through transformers' own forward pass."""
-    padded, mask = encoder._pad(ids)
-    return encoder._pool(
-        encoder.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
     )
 
 
@@ -224,8 +216,8 @@ def measure(
     return [
         row(
             operation,
-            f"{version},"
-            f" {'bf16' if bf16 else 'float32'}{', disentangled-flash torch backend' if change else ''}",
+            f"{version}, {'bf16' if bf16 else 'float32'}"
+            + (", disentangled-flash torch backend" if change else ""),
             version,
             best["ours"],
             best[operation],

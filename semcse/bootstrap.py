@@ -1,26 +1,20 @@
-"""TODO: say what this file is for: semcse.bootstrap."""
+"""Bootstrap confidence intervals of means over papers, and of paired differences of two models."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    pass
-from semcse.tables import TASKS
-
-log = logging.getLogger(__name__)
-
-RESAMPLES = 1_000  # of the bootstrap
-Values = np.ndarray[Any, np.dtype[np.float64]]
+RESAMPLES = 1_000
+Values = NDArray[np.float64]
 
 
 def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
-    """Percentile 95% interval of the mean of `values` (n,), resampling them RESAMPLES times."""
+    """Percentile 95% interval of the mean of `values` (n,), from RESAMPLES resamples."""
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -28,11 +22,15 @@ def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
 
 
 def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tuple[float, float]]:
-    """Mean of `one` - `other` over the papers that both have a value for, and its percentile
-    bootstrap 95% interval: the same papers are drawn for both.
+    """Mean of `one` - `other`, and its bootstrap 95% interval, which resamples the differences.
+
+    Args:
+        one: (papers,) values of the first model.
+        other: (papers,) values of the second model; a paper with NaN in either one is left out.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: no paper has both.
+        ValueError: no paper has a value of both models.
     """
     differences = (one - other)[~np.isnan(one - other)]
     if not len(differences):
@@ -43,20 +41,21 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
 def paired_differences(
     per_paper: Mapping[str, Mapping[str, Values]], seed: int
 ) -> list[dict[str, Any]]:
-    """For every two models and every task that both have: the mean of the first's values minus the
-    second's, with its 95% interval.
+    """The paired difference of every two models for every task that both have values for.
+
+    Args:
+        per_paper: model -> task -> (papers,) values.
+        seed: seed of the bootstrap.
+
+    Returns:
+        For each pair {"models": [first, second], "tasks": {task: {"difference", "ci95"}}}.
     """
     rows = []
     for (one, first), (other, second) in itertools.combinations(per_paper.items(), 2):
-        tasks = [task for task in TASKS if not np.isnan(first[task] - second[task]).all()]
-        found = {task: paired_difference(first[task], second[task], seed) for task in tasks}
-        rows.append(
-            {
-                "models": [one, other],
-                "tasks": {
-                    task: {"difference": mean, "ci95": list(interval)}
-                    for task, (mean, interval) in found.items()
-                },
-            }
-        )
+        tasks = {}
+        for task in first:
+            if not np.isnan(first[task] - second[task]).all():
+                mean, interval = paired_difference(first[task], second[task], seed)
+                tasks[task] = {"difference": mean, "ci95": list(interval)}
+        rows.append({"models": [one, other], "tasks": tasks})
     return rows

@@ -1,21 +1,21 @@
-"""Training on several processes, one for each GPU, as torchrun or accelerate start them
+"""Training on several processes, one for each GPU, started by torchrun or accelerate
 (docs/scaling.md).
 
-The mathematics: process r embeds its share of a batch's texts, v_r = f(texts_r; w). The vectors of
-all shares are gathered, and every process computes the same loss L(v_1, ..., v_N), whose negatives
-are those of the whole batch. The others' vectors are constants to it, so its backward pass gives
-(dv_r/dw)' dL/dv_r, and the sum of these over all processes is dL/dw by the chain rule: the gradient
-of one process with the whole batch. So gradients are summed and nothing is scaled.
+Each process embeds its share of a batch. The vectors of all shares are gathered, and every process
+computes the same loss, whose negatives come from the whole batch. To process r, the vectors of the
+others are constants, so its backward pass gives (dv_r/dw)' dL/dv_r, where v_r are its vectors and w
+the weights. By the chain rule, the sum of this over all processes is dL/dw: the gradient that one
+process with the whole batch would compute. Gradients are therefore summed, not averaged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,123 +24,128 @@ from torch import Tensor
 
 from semcse.errors import RunError, UserError
 
-# Longest waits for a process that hangs, in minutes: within a step, and for the first one while it
-# validates and benchmarks. One that ends is noticed at once.
-STEP_MINUTES, WAIT_MINUTES = 10.0, 24 * 60.0
+# How long to wait for a process that hangs: within a step, and while rank 0 validates or runs the
+# benchmark. A process that ends is noticed at once.
+STEP_TIMEOUT, WAIT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Group:
-    """This process among those that train together; alone, every method gives back what it was
-    given. All processes must call the same methods in turn.
+class ProcessGroup:
+    """The processes that train together. All of them must call the same methods in the same order.
+    In a group of one, every method returns what it was given.
     """
 
-    rank: int = 0  # the first, 0, alone validates, writes, logs and draws bars
+    rank: int = 0  # only rank 0 validates, writes, logs and shows progress bars
     size: int = 1
-    control: Any = None  # gloo group for all but vectors and gradients
+    control: Any = None  # gloo group for Python objects; vectors and gradients take the default one
 
-    def own(self, texts: Sequence[list[int]]) -> Sequence[list[int]]:
-        """The texts that this process embeds: every size-th; where there is none left for it, one
-        whose vector `gather` leaves out.
+    def local_share(self, texts: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Return the texts that this process embeds: every `size`-th. If none is left for it, it
+        gets one whose vector `gather` leaves out.
         """
         return texts[self.rank :: self.size] or texts[:1]
 
     def gather(self, vectors: Tensor, total: int) -> Tensor:
-        """(m, d) vectors of `own` texts -> (total, d) vectors of all texts, in order; gradients
-        flow to the own ones.
+        """Gather the vectors of all `total` texts.
+
+        Args:
+            vectors: (m, d) vectors of this process's share of the texts.
+
+        Returns:
+            (total, d) vectors in the order of the texts. Gradients flow to `vectors` only.
         """
         if self.size == 1:
             return vectors
-        places = torch.arange(self.rank, total, self.size, device=vectors.device)
-        everything = (
-            vectors.detach()
-            .new_zeros(total, vectors.shape[1])
-            .index_copy(0, places, vectors.detach()[: len(places)])
-        )
-        with self._contact():
-            dist.all_reduce(everything)  # adds zeros: exact
-        return everything.index_copy(0, places, vectors[: len(places)])
+        rows = torch.arange(self.rank, total, self.size, device=vectors.device)
+        gathered = vectors.new_zeros(total, vectors.shape[1])
+        gathered[rows] = vectors.detach()[: len(rows)]
+        with self._lost_contact_named():
+            dist.all_reduce(gathered)  # each row is zero in all processes but one, so this is exact
+        return gathered.index_copy(0, rows, vectors[: len(rows)])
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over the processes."""
-        with self._contact():
-            for sent in [
-                dist.all_reduce(one.grad, async_op=True)
-                for one in parameters
-                if self.size > 1 and one.grad is not None
-            ]:
-                sent.wait()
+        """Replace the gradient of each parameter by its sum over the processes."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        with self._lost_contact_named():
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
 
-    def each(self, value: Any, first_only: bool = False) -> list[Any]:
-        """The values of all processes, by rank, or only the first one's, which may be long in
-        coming.
-        """
-        found = [value] * (1 if first_only else self.size)
-        with self._contact():
-            if self.size > 1:
-                (
-                    dist.broadcast_object_list(found, 0, self.control)
-                    if first_only
-                    else dist.all_gather_object(found, value, self.control)
-                )
-        return found
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self._lost_contact_named():
+                dist.all_gather_object(values, value, self.control)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the value of rank 0, for which the others may have to wait long."""
+        values = [value]
+        if self.size > 1:
+            with self._lost_contact_named():
+                dist.broadcast_object_list(values, 0, self.control)
+        return values[0]
 
     def leave(self) -> None:
-        """Part when all are here: what follows is the first process's alone."""
+        """Wait for all processes, then end the group. What follows is the work of rank 0 alone."""
         if self.size > 1:
-            # one that is through may be gone before another has heard of it
+            # A process that has passed may be gone before another hears of it.
             with contextlib.suppress(RunError):
-                self.each(None)
+                self.all_gather_object(None)
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def _contact(self) -> Iterator[None]:
+    def _lost_contact_named(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # gloo's, NCCL's and the store's many kinds
-            what = (
-                f"process {self.rank} of {self.size} lost contact with another ({str(error)[:150]})"
-            )
+        except RuntimeError as error:  # gloo, NCCL and the store raise many kinds
             raise RunError(
-                what, "see why that one ended, then --resume with as many processes"
+                f"process {self.rank} of {self.size} lost contact with another"
+                f" ({str(error)[:150]})",
+                "see why that one ended, then --resume with as many processes",
             ) from None
 
 
-ALONE = Group()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def join(device: str) -> Group:
-    """The processes that torchrun or accelerate started with this one; ALONE where WORLD_SIZE is
-    unset or 1. UserError: not started so, or too few GPUs.
+def join(device: str) -> ProcessGroup:
+    """Join the processes that torchrun or accelerate started together with this one.
+
+    Args:
+        device: "auto", "cpu" or "cuda", as in the settings.
+
+    Returns:
+        The group, or SINGLE_PROCESS if the environment variable WORLD_SIZE is unset or 1.
+
+    Raises:
+        UserError: RANK or LOCAL_RANK is unset, or there are fewer GPUs than processes.
     """
-    size, rank, local = (
+    size, rank, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1))
     )
     if size == 1:
-        return ALONE
-    if min(rank, local) < 0:
+        return SINGLE_PROCESS
+    if min(rank, local_rank) < 0:
         raise UserError(
             "WORLD_SIZE is set without RANK and LOCAL_RANK",
-            "start with torchrun or accelerate launch, or unset it",
+            "start with torchrun or accelerate launch, or unset WORLD_SIZE",
         )
     cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local} of this machine finds only {torch.cuda.device_count()} GPUs",
-            "start as many processes as GPUs",
-        )
     if cuda:
-        torch.cuda.set_device(local)
-        # a dead process is then an error here, not an abort
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs",
+                "start one process for each GPU",
+            )
+        torch.cuda.set_device(local_rank)
+        # With this, the death of a process raises an error in the others instead of aborting them.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     logging.getLogger().setLevel(logging.WARNING if rank else logging.INFO)
-    with Group(rank, size)._contact():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=STEP_MINUTES)
-        )
-        return Group(
-            rank,
-            size,
-            dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=WAIT_MINUTES)),
-        )
+    with ProcessGroup(rank, size)._lost_contact_named():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    return ProcessGroup(rank, size, control)

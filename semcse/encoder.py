@@ -1,16 +1,12 @@
-"""Encoders: load, pool, embed, save. The only pooling code of the project, and the only code that
-knows the layout of a model folder.
+"""Encoders: tokenize, pool, embed. This is the only pooling code of the project.
 
-A text's vector is the last hidden state of its first token (CLS, as the paper) or the mean over its
-real tokens; models that others trained may also use the last token or the pooler's output. A folder
-saved here opens with plain `transformers.AutoModel` and with
-`sentence_transformers.SentenceTransformer`, giving the same vectors; `semcse.json` in it says
-metric, pooling and max length.
+The vector of a text is the last hidden state of its first token ("cls", as in the authors' model
+card) or the mean over its tokens ("mean"). Models that others trained may also use the last token
+("last") or the output of the model's pooler layer ("pooler").
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,16 +21,10 @@ from semcse import errors, packed
 from semcse.errors import RunError, UserError
 from semcse.types import Device, Metric, Pooling, Precision
 
-log = logging.getLogger(__name__)
+CHUNK_TEXTS = 1024  # texts that are tokenized and sorted by length together
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}  # tokens of one forward pass, padding included
 
-# Texts tokenized and sorted by length together, and padded tokens of one forward pass. Memory is
-# bounded by both, whatever the number of texts.
-CHUNK_TEXTS = 1024
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-LENGTH_STEP = 8  # padded lengths are multiples of this
-
-# Training's poolings, the last token's state (decoders), and the pooler's output. "own": what only
-# a model's own code computes, which is not run here.
+# "own" is a pooling that only a model's own code computes. Such models are listed, but not run.
 AnyPooling = Literal[Pooling, "last", "pooler", "own"]
 
 
@@ -44,7 +34,7 @@ class Usage:
 
     pooling: AnyPooling
     metric: Metric
-    max_length: int  # tokens kept of a text, special tokens counted
+    max_length: int  # longer texts are cut to this many tokens, special tokens included
     query_prompt: str = ""  # put in front of titles and queries
     document_prompt: str = ""  # put in front of abstracts and their halves
     normalize: bool = False  # scale vectors to length 1
@@ -52,9 +42,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Vectors of some texts, (n, d) float32 on the CPU, and how many of the texts were cut at the
-    maximum length.
-    """
+    """Vectors (n, d) of n texts, float32 on the CPU, and how many texts were cut to fit."""
 
     vectors: Tensor
     cut: int
@@ -62,24 +50,24 @@ class Embedded:
 
 @dataclass
 class Encoder:
-    """A model with its tokenizer and usage. `name` is what the user called it."""
+    """A model with its tokenizer and usage."""
 
-    name: str
+    name: str  # as the user gave it
     model: nn.Module
     tokenizer: Any
     usage: Usage
-    bf16: bool = False  # embed in bf16 autocast instead of float32
-    # field of the usage -> where it was read ("flag", "semcse.json", "recipe", ...)
+    bf16: bool = False  # embed under bf16 autocast instead of in float32
+    # field of the usage -> where its value comes from ("flag", "semcse.json", "recipe", ...)
     origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """The device of the model's weights."""
         return next(self.model.parameters()).device
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text with special tokens, cut at `max_length`."""
-        ids = self.tokenizer(
+        """Return the token ids of each text, with special tokens, cut to `max_length` tokens."""
+        encoded = self.tokenizer(
             list(texts),
             truncation=True,
             max_length=max_length,
@@ -87,70 +75,71 @@ class Encoder:
             return_attention_mask=False,
             return_token_type_ids=False,
         )
-        return cast(list[list[int]], ids["input_ids"])
+        return cast(list[list[int]], encoded["input_ids"])
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Pooled vectors (n, d) of tokenized texts, with gradient where it is on. Padding is masked
-        out: it changes no vector.
-        """
-        if packed.supports(self.model):
-            batch = packed.pack(ids, self._fill, self.device)
-            states = packed.hidden_states(self.model, batch)
-            vectors = torch.cat(
-                [
-                    self._pool(hidden, group.mask.long())
-                    for hidden, group in zip(states, batch.groups, strict=True)
-                ]
-            )[batch.order]
-        else:
-            padded, mask = self._pad(ids)
-            vectors = self._pool(
-                self.model(input_ids=padded, attention_mask=mask).last_hidden_state, mask
-            )
-        return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
-
-    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        if self.usage.pooling == "pooler":
-            return cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
-        return pool(hidden, mask, self.usage.pooling)
-
-    @property
-    def _fill(self) -> int:
-        """The id that padding is written with; it is masked out."""
-        return int(self.tokenizer.pad_token_id or 0)
-
-    def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask), both (n, length) int64 on the model's device, padded on the right. Few
-        different lengths keep the CPU kernels' caches small.
-        """
-        longest = min(_rounded(max(map(len, ids))), longest_input(self.model))
-        padded = torch.tensor([[*row, *[self._fill] * (longest - len(row))] for row in ids])
-        mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in ids])[:, None]
-        return padded.to(self.device), mask.long().to(self.device)
-
-    def embed(self, texts: Sequence[str], prompt: str = "", label: str = "") -> Embedded:
-        """Vectors of `texts` in their order, float32, dropout off.
+        """Run the model on tokenized texts. Gradients flow if they are switched on.
 
         Args:
-            texts: any strings; each is embedded alone, after `prompt`.
-            prompt: the role prompt of the usage (`query_prompt` or `document_prompt`) or "".
-            label: name on the progress bar; empty for none.
+            ids: n lists of token ids, as `tokenize` returns them. The lengths may differ; padding
+                changes no vector.
+
+        Returns:
+            Pooled vectors, (n, d).
+        """
+        if packed.supports(self.model):
+            batch = packed.pack(ids, self._pad_id, self.device)
+            groups = packed.hidden_states(self.model, batch)
+            pooled = [self._pool(*group) for group in zip(groups, batch.masks, strict=True)]
+            return torch.cat(pooled)[batch.order]
+        return self.forward_padded(ids)
+
+    def forward_padded(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Do the same as `forward` by the model's own forward pass, on one padded batch."""
+        lengths = torch.tensor([len(row) for row in ids])
+        # Few different lengths: CPU kernels are compiled and kept for each shape.
+        longest = packed.padded_length(int(lengths.max()))
+        longest = min(longest, longest_input(self.model))
+        padded = torch.tensor([[*row, *[self._pad_id] * (longest - len(row))] for row in ids])
+        mask = (torch.arange(longest) < lengths[:, None]).to(self.device)
+        output = self.model(input_ids=padded.to(self.device), attention_mask=mask.long())
+        return self._pool(output.last_hidden_state, mask)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (n, length, d) and mask (n, length) -> vectors (n, d)."""
+        if self.usage.pooling == "pooler":
+            vectors = cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
+        else:
+            vectors = pool(hidden, mask, self.usage.pooling)
+        return functional.normalize(vectors, dim=-1) if self.usage.normalize else vectors
+
+    def embed(self, texts: Sequence[str], prompt: str = "", label: str = "") -> Embedded:
+        """Embed texts without dropout. The vectors are in the order of the texts.
+
+        Args:
+            texts: any strings. Each is embedded alone, with `prompt` in front of it.
+            prompt: "", or one of the two prompts of the usage.
+            label: the name on the progress bar; "" for no bar.
 
         Raises:
-            RunError: the model returns NaN or infinity, or memory is short.
+            RunError: the model returns NaN or infinity, or memory runs out.
         """
-        parts, cut = [], 0
+        chunks, cut = [], 0
         was_training = self.model.training
         self.model.eval()
         try:
             bar = tqdm(total=len(texts), desc=label, unit="text", disable=not label)
             with errors.memory_named("--max-length"), torch.inference_mode(), bar:
                 for ids, cut_here in self._tokenized_chunks(texts, prompt):
+                    chunks.append(self._embed_chunk(ids, bar))
                     cut += cut_here
-                    parts.append(self._embed_chunk(ids, bar))
         finally:
             self.model.train(was_training)
-        vectors = torch.cat(parts) if parts else torch.empty(0, 0)
+        vectors = torch.cat(chunks) if chunks else torch.empty(0, 0)
         if not torch.isfinite(vectors).all():
             raise RunError(
                 f"model {self.name} returned vectors with NaN or infinity",
@@ -161,25 +150,22 @@ class Encoder:
     def _tokenized_chunks(
         self, texts: Sequence[str], prompt: str
     ) -> Iterator[tuple[list[list[int]], int]]:
-        """(token ids, how many texts were cut) of CHUNK_TEXTS texts at a time; the next chunk is
-        tokenized while the model works on this one.
+        """Yield `_tokenize_and_count` of CHUNK_TEXTS texts at a time. The next chunk is tokenized
+        in the background while the caller runs the model.
         """
-        chunks = (
-            [prompt + text for text in texts[start : start + CHUNK_TEXTS]]
-            for start in range(0, len(texts), CHUNK_TEXTS)
-        )
-        with ThreadPoolExecutor(1) as ahead:
-            coming = None
-            for chunk in chunks:
-                ready, coming = coming, ahead.submit(self._tokenize_counting, chunk)
+        with ThreadPoolExecutor(1) as background:
+            next_chunk = None
+            for start in range(0, len(texts), CHUNK_TEXTS):
+                chunk = [prompt + text for text in texts[start : start + CHUNK_TEXTS]]
+                ready, next_chunk = next_chunk, background.submit(self._tokenize_and_count, chunk)
                 if ready is not None:
                     yield ready.result()
-            if coming is not None:
-                yield coming.result()
+            if next_chunk is not None:
+                yield next_chunk.result()
 
-    def _tokenize_counting(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """(token ids, how many texts were cut). Only texts that fill the maximum length are
-        tokenized a second time, whole.
+    def _tokenize_and_count(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """Return token ids, and how many texts were cut. To count them, the texts that reach the
+        maximum length are tokenized again without a limit.
         """
         limit = self.usage.max_length
         ids = self.tokenize(texts, limit)
@@ -187,56 +173,43 @@ class Encoder:
         return ids, sum(len(row) > limit for row in self.tokenize(full, 10**9)) if full else 0
 
     def _embed_chunk(self, ids: list[list[int]], bar: tqdm[Any]) -> Tensor:
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        vectors: Tensor | None = None
-        for batch in _by_tokens(order, ids, BATCH_TOKENS[self.device.type]):
+        """Return the vectors (n, d) of n tokenized texts, batched by length for speed."""
+        vectors, order = [], []
+        for batch in packed.split_by_tokens(ids, BATCH_TOKENS[self.device.type]):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                rows = self.forward([ids[i] for i in batch])
-            rows = rows.float().cpu()
-            vectors = torch.empty(len(ids), rows.shape[1]) if vectors is None else vectors
-            vectors[torch.tensor(batch)] = rows
+                vectors.append(self.forward([ids[i] for i in batch]).float().cpu())
+            order += batch
             bar.update(len(batch))
-        assert vectors is not None
-        return vectors
+        return torch.cat(vectors)[torch.tensor(order).argsort()]
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: AnyPooling) -> Tensor:
-    """(n, length, d) hidden states and (n, length) mask of right-padded texts -> (n, d) vectors.
-    "mean" and "last" take left padding too.
+    """Turn hidden states into one vector for each text.
+
+    Args:
+        hidden: (n, length, d) last hidden states.
+        mask: (n, length) bool, true at real tokens. "cls" needs padding on the right; "mean" and
+            "last" accept padding on either side.
+        pooling: "cls", "mean" or "last".
+
+    Returns:
+        (n, d) vectors.
     """
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":
-        return hidden[
-            torch.arange(len(hidden)),
-            (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1),
-        ]
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return hidden[torch.arange(len(hidden)), (mask * positions).argmax(dim=1)]
     weights = mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _rounded(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
-
-
-def _by_tokens(
-    order: Sequence[int], ids: Sequence[Sequence[int]], most: int
-) -> Iterator[list[int]]:
-    """Cut `order` (longest text first) into batches of at most `most` padded tokens, at least one
-    text each.
-    """
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * _rounded(len(ids[batch[0]])) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def choose_device(device: Device) -> torch.device:
-    """The device a setting names. UserError: "cuda" without a GPU that torch can use."""
+    """Return the device for a `--device` setting; "auto" takes a GPU if torch can use one.
+
+    Raises:
+        UserError: "cuda" was asked for and torch finds no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: torch finds no CUDA GPU",
@@ -246,8 +219,8 @@ def choose_device(device: Device) -> torch.device:
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to train under bf16 autocast: as asked, or where the hardware multiplies bf16
-    natively (CUDA from compute capability 8; AVX512_BF16, AMX).
+    """Return whether to train under bf16 autocast. "auto" means: if the hardware multiplies bf16
+    natively (GPUs of compute capability 8.0 or higher; CPUs with AVX512_BF16 or AMX).
     """
     if precision != "auto":
         return precision == "bf16"
@@ -258,10 +231,6 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def longest_input(model: Any) -> int:
-    """Tokens that a model's absolute position table allows; RoBERTa-like tables start after the
-    padding id.
-    """
-    size = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    # only models that number positions after it have it here
-    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
-    return size if padding is None else size - (int(padding) + 1)
+    """Return how many tokens the model's table of absolute positions allows."""
+    positions = getattr(model.config, "max_position_embeddings", 0) or 10**9
+    return int(positions) - packed.first_position(model)

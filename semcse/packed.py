@@ -1,28 +1,25 @@
-"""The fast path of encoding and training: BERT-like and DeBERTa-v2 encoders over real tokens, with
-the results of transformers' own forward pass.
+"""A faster forward pass for BERT-like and DeBERTa-v2 encoders. It computes almost no padding.
 
-Against a padded batch three things are saved.
-- Texts are sorted by length, and only those of nearly one length share a padded group, of which 2%
-(abstracts) to 9% (summaries) is padding:
-  linear layers, norms and dropouts run over all groups' tokens as one long array, attention over
-      one group at a time.
-- DeBERTa multiplies queries and keys with the 2L - 1 rows of the relative-position table that can
-occur, not with all 512, and reads the scores as a view of
-  fixed stride instead of gathering them.
-- On the CPU in bf16, where drawing dropout masks costs as much as the matrix products, a mask takes
-16 random bits an element.
+In a batch that is padded to its longest text, most of the work is often done on padding. Here,
+texts of nearly the same length form a group, and the tokens of all groups lie end to end in one
+long array. Linear layers, layer norms and dropout run over the whole array; attention runs group by
+group, because a token attends to the tokens of its own text only. About 2% (abstracts) to 9% (short
+summaries) of the array is padding. DeBERTa's attention has one more shortcut, see
+`_deberta_attention`.
 
-A loaded transformers model is used as it is: no weight is moved or renamed. Other architectures
-take the model's own forward pass (`encoder.Encoder.forward`), which is also the reference in the
-tests.
+The results equal those of transformers' own forward pass (tests/test_packed.py compares hidden
+states and gradients). The loaded model is used as it is: no weight is moved or renamed. Models for
+which `supports` is false take their own forward pass, so everything works without this module, only
+slower.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,326 +27,229 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-# oneDNN makes and keeps code for every shape that it meets, which costs time and memory all through
-# a training run. So that few shapes occur, texts share a group if their lengths round up to the
-# same multiple of so many tokens, and a batch is filled up to a multiple too; to smaller ones where
-# they are short.
-LENGTHS, TOKENS = 8, 64
 BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel")
+# The array is filled up to a multiple of this many tokens. On a CPU, oneDNN keeps compiled code for
+# every shape that it meets: with any length, MiniLM takes 200 MiB more after 40 training steps.
+TOTAL_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Group:
-    """Texts of nearly one length, padded to the longest or a little more."""
+class PackedBatch:
+    """A batch of n texts as one array of tokens: group after group, then filler tokens."""
 
-    mask: Tensor  # (texts, length) bool, true at real tokens
-    full: bool  # nothing is padded
+    ids: Tensor  # (total,) int64: token ids
+    positions: Tensor  # (total,) int64: 0, 1, 2, ... in each text, and 0 at padding
+    masks: list[Tensor]  # for each group (texts, length) bool: true at real tokens
+    order: Tensor  # (n,) int64: the row of each text if the texts of all groups are stacked
 
-    @property
-    def tokens(self) -> int:
-        """Places of the group in the long array."""
-        return self.mask.numel()
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A batch as one long array of tokens, group after group, then tokens of no text."""
-
-    ids: Tensor  # (tokens,)
-    positions: Tensor  # (tokens,) 0, 1, ... in each text, 0 where there is none
-    groups: list[Group]
-    order: Tensor  # (n,) place of text i among the groups' texts
-
-    def split(self, array: Tensor) -> tuple[Tensor, ...]:
-        """(tokens, d) -> a (texts, length, d) view for each group."""
-        sizes = [group.tokens for group in self.groups]
-        parts = torch.split(array[: sum(sizes)], sizes)
-        return tuple(
-            part.view(*group.mask.shape, -1) for part, group in zip(parts, self.groups, strict=True)
-        )
+    def split(self, array: Tensor) -> list[Tensor]:
+        """Split (total, d) into a (texts, length, d) view for each group."""
+        sizes = [mask.numel() for mask in self.masks]
+        views = torch.split(array[: sum(sizes)], sizes)
+        return [view.view(*mask.shape, -1) for view, mask in zip(views, self.masks, strict=True)]
 
 
 def supports(model: Any) -> bool:
-    """Whether `hidden_states` computes what the model's own forward pass would. Decided by exact
-    class: a model's own code may compute anything.
+    """Return whether `hidden_states` computes the same as the model's own forward pass.
+
+    The model must be of one of transformers' own classes, because a subclass may compute anything.
+    A DeBERTa-v2 must have the attention that all published v3 models have, and no convolution.
     """
-    kind, config = type(model).__name__, model.config
+    name, config = type(model).__name__, model.config
     if not type(model).__module__.startswith("transformers.models."):
         return False
-    if kind in BERT_LIKE:
+    if name in BERT_LIKE:
         return not (config.is_decoder or config.add_cross_attention)
     return (
-        kind == "DebertaV2Model"
-        and bool(config.relative_attention)
+        name == "DebertaV2Model"
+        and bool(config.relative_attention and config.share_att_key)
+        and set(config.pos_att_type or ()) == {"c2p", "p2c"}
+        and config.position_buckets > 0
         and model.encoder.conv is None
         and model.z_steps <= 1
     )
 
 
-def pack(ids: Sequence[Sequence[int]], fill: int, device: torch.device) -> Packed:
-    """Sort texts by length, group them, and lay the groups end to end."""
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    flat: list[int] = []
-    places: list[int] = []
-    groups: list[Group] = []
-    at = 0
-    while at < len(order):
-        step = min(LENGTHS, _power(len(ids[order[at]]) / 4))
-        length = -(-len(ids[order[at]]) // step) * step
-        members = [i for i in order[at:] if len(ids[i]) > length - step]
-        for i in members:
-            filling = length - len(ids[i])
-            flat += [*ids[i], *[fill] * filling]
-            places += [*range(len(ids[i])), *[0] * filling]
-        mask = torch.arange(length) < torch.tensor([len(ids[i]) for i in members])[:, None]
-        groups.append(Group(mask.to(device), len(ids[members[-1]]) == length))
-        at += len(members)
-    rest = -len(flat) % min(TOKENS, _power(len(flat) / 16))
-    flat, places = flat + [fill] * rest, places + [0] * rest
-    return Packed(
-        torch.tensor(flat, device=device),
-        torch.tensor(places, device=device),
-        groups,
-        torch.tensor(order, device=device).argsort(),
-    )
+def padded_length(length: int) -> int:
+    """Round the length of a text up to a multiple of 8 tokens, or of 4 if it has less than 32."""
+    multiple = 8 if length >= 32 else 4
+    return math.ceil(length / multiple) * multiple
 
 
-def parts(ids: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Places of all texts, longest first, in parts that hold no more tokens than the `most` longest
-    texts together; in one part if `most` is 0.
+def first_position(model: Any) -> int:
+    """Return the row of the position table that a text's first token takes.
+
+    RoBERTa-like models number positions from the padding id + 1; only they store `padding_idx`
+    here.
+    """
+    padding_id = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return 0 if padding_id is None else int(padding_id) + 1
+
+
+def pack(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> PackedBatch:
+    """Pack tokenized texts: sort them by length, longest first, and group those of like length.
+
+    Args:
+        ids: n lists of token ids.
+        pad_id: the token id to write at padding. Padding changes no result.
+        device: the device of the model.
     """
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    room = sum(len(ids[i]) for i in order[: most or None])
-    found: list[list[int]] = []
-    left = 0
-    for i in order:
-        if not found or len(ids[i]) > left:
-            found.append([])
-            left = room
-        found[-1].append(i)
-        left -= len(ids[i])
-    return found
-
-
-def _power(number: float) -> int:
-    """The largest power of two that is not above a number; 1 for small ones."""
-    return int(2 ** math.floor(math.log2(max(1.0, number))))
-
-
-def hidden_states(model: Any, batch: Packed) -> tuple[Tensor, ...]:
-    """(texts, length, d) last hidden states of each group, of a model for which `supports` is true."""
-    is_deberta = type(model).__name__ == "DebertaV2Model"
-    offset = (
-        0
-        if type(model).__name__ in ("BertModel", "DebertaV2Model")
-        else model.embeddings.padding_idx + 1
+    flat: list[int] = []
+    positions, masks = [], []
+    for length, group in itertools.groupby(order, key=lambda i: padded_length(len(ids[i]))):
+        rows = [ids[i] for i in group]
+        for row in rows:
+            flat += [*row, *[pad_id] * (length - len(row))]
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        positions.append((torch.arange(length) * mask).flatten())
+        masks.append(mask.to(device))
+    filler = -len(flat) % TOTAL_MULTIPLE
+    return PackedBatch(
+        ids=torch.tensor(flat + [pad_id] * filler, device=device),
+        positions=functional.pad(torch.cat(positions), (0, filler)).to(device),
+        masks=masks,
+        order=torch.tensor(order, device=device).argsort(),
     )
+
+
+def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Split tokenized texts into batches of bounded size.
+
+    Returns:
+        Lists of indices into `ids`, longest texts first. The texts of a batch, each padded to the
+        longest of them, have at most `max_tokens` tokens. A longer text is a batch alone.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
+        if batches and (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def hidden_states(model: Any, batch: PackedBatch) -> list[Tensor]:
+    """Run a model for which `supports` is true.
+
+    Returns:
+        The last hidden states of each group, (texts, length, d).
+    """
     hidden = model.embeddings(
-        input_ids=batch.ids[None], position_ids=batch.positions[None] + offset
-    )[0]
-    table = model.encoder.get_rel_embedding() if is_deberta else None
+        input_ids=batch.ids[None], position_ids=batch.positions[None] + first_position(model)
+    )[0]  # (total, d)
+    attention: Callable[..., Tensor] = _bert_attention
+    if type(model).__name__ == "DebertaV2Model":
+        attention = partial(_deberta_attention, table=model.encoder.get_rel_embedding())
     for layer in model.encoder.layer:
-        own = layer.attention.self
-        attended = (
-            _deberta_attention(own, hidden, batch, table)
-            if is_deberta
-            else _bert_attention(own, hidden, batch)
-        )
-        attended = _residual(layer.attention.output, attended, hidden)
-        hidden = _residual(layer.output, layer.intermediate(attended), attended)
+        context = attention(layer.attention.self, hidden, batch)
+        attended = layer.attention.output(context, hidden)
+        hidden = layer.output(layer.intermediate(attended), attended)
     return batch.split(hidden)
 
 
-def _residual(output: Any, inner: Tensor, outer: Tensor) -> Tensor:
-    """What BertOutput, BertSelfOutput and DeBERTa's two compute: LayerNorm(dropout(dense(inner)) +
-    outer).
-    """
-    normed: Tensor = output.LayerNorm(
-        dropout(output.dense(inner), output.dropout.p if output.training else 0.0) + outer
-    )
-    return normed
+def _heads(linear: Any, array: Tensor, batch: PackedBatch, heads: int) -> list[Tensor]:
+    """(total, d) -> for each group (texts, heads, length, size), where size = d / heads."""
+    groups = batch.split(linear(array))
+    return [group.view(*group.shape[:2], heads, -1).transpose(1, 2) for group in groups]
 
 
-def _project(hidden: Tensor, linears: Sequence[Any]) -> Tensor:
-    """(tokens, d) -> (tokens, 3 d): queries, keys and values in one product."""
-    return functional.linear(
-        hidden, torch.cat([one.weight for one in linears]), torch.cat([one.bias for one in linears])
-    )
+def _attend(scores: Tensor, values: Tensor, mask: Tensor, dropout: Any) -> Tensor:
+    """Scores (texts, heads, length, length), values (texts, heads, length, size) -> as values."""
+    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+    weighted: Tensor = dropout(torch.softmax(scores, dim=-1)) @ values
+    return weighted
 
 
-def _heads(projected: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A group's (texts, length, 3 d) projections -> its queries, keys and values, (texts, heads,
-    length, head size) each, as views.
-    """
-    q, k, v = projected.view(*projected.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
+def _join(contexts: list[Tensor], total: int) -> Tensor:
+    """Each group's (texts, heads, length, size) -> (total, d), with zeros at filler tokens."""
+    joined = torch.cat([one.transpose(1, 2).flatten(2).flatten(0, 1) for one in contexts])
+    return functional.pad(joined, (0, 0, 0, total - len(joined)))
 
 
-def _joined(contexts: list[Tensor], total: int) -> Tensor:
-    """Each group's (texts, heads, length, head size) -> (total tokens, d)."""
-    rows = [context.transpose(1, 2).flatten(2).flatten(0, 1) for context in contexts]
-    return torch.cat([*rows, rows[0].new_zeros(total - sum(map(len, rows)), rows[0].shape[1])])
-
-
-def _bert_attention(own: Any, hidden: Tensor, batch: Packed) -> Tensor:
-    projected = _project(hidden, (own.query, own.key, own.value))
-    share = own.dropout.p if own.training else 0.0
-    contexts = []
-    for group, part in zip(batch.groups, batch.split(projected), strict=True):
-        q, k, v = _heads(part, own.num_attention_heads)
-        if share:
-            contexts.append(_attend((q * own.scaling) @ k.transpose(-1, -2), v, group, share))
-        else:
-            mask = None if group.full else group.mask[:, None, None]
-            contexts.append(
-                functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=own.scaling)
-            )
-    return _joined(contexts, len(hidden))
-
-
-def _attend(scores: Tensor, v: Tensor, group: Group, share: float) -> Tensor:
-    """(texts, heads, length, length) scores -> context, with dropout of the attention
-    probabilities.
-    """
-    if not group.full:
-        scores = scores.masked_fill(~group.mask[:, None, None], torch.finfo(scores.dtype).min)
-    return dropout(torch.softmax(scores, -1), share) @ v
-
-
-def _deberta_attention(own: Any, hidden: Tensor, batch: Packed, table: Tensor | None) -> Tensor:
-    heads = own.num_attention_heads
-    projected = _project(hidden, (own.query_proj, own.key_proj, own.value_proj))
-    scale = 1 / math.sqrt(
-        own.attention_head_size * (1 + ("c2p" in own.pos_att_type) + ("p2c" in own.pos_att_type))
-    )
-    longest = batch.groups[0].mask.shape[1]
-    rows = own.pos_dropout(table)[_distance_rows(own, longest, hidden.device)]
-    names = ("key_proj", "query_proj") if own.share_att_key else ("pos_key_proj", "pos_query_proj")
-    keys = (
-        _position_heads(getattr(own, names[0]), rows, heads).flip(-1)
-        if "c2p" in own.pos_att_type
-        else None
-    )
-    queries = (
-        _position_heads(getattr(own, names[1]), rows, heads) if "p2c" in own.pos_att_type else None
+def _bert_attention(attention: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """(total, d) -> (total, d)."""
+    queries, keys, values = (
+        _heads(linear, hidden, batch, attention.num_attention_heads)
+        for linear in (attention.query, attention.key, attention.value)
     )
     contexts = []
-    for group, part in zip(batch.groups, batch.split(projected), strict=True):
-        q, k, v = _heads(part, heads)
-        q, live = q * scale, slice(longest - part.shape[1], longest + part.shape[1] - 1)
+    for q, k, v, mask in zip(queries, keys, values, batch.masks, strict=True):
+        if attention.training:
+            scores = (q * attention.scaling) @ k.transpose(-1, -2)
+            contexts.append(_attend(scores, v, mask, attention.dropout))
+        else:  # PyTorch's fused attention is faster on a CPU, but slower if it applies dropout.
+            fused = functional.scaled_dot_product_attention
+            contexts.append(fused(q, k, v, mask[:, None, None], scale=attention.scaling))
+    return _join(contexts, len(hidden))
+
+
+def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table: Tensor) -> Tensor:
+    """Disentangled self-attention, (total, d) -> (total, d).
+
+    The score of tokens i and j is (q_i . k_j + q_i . K[i - j] + k_j . Q[i - j]) / sqrt(3 * size),
+    where K and Q are the key and query projections of `table`, (2 * position_buckets, d), which has
+    a row for each bucket of relative positions. In texts of L tokens, only the 2L - 1 distances
+    from -(L - 1) to L - 1 occur. transformers multiplies with all rows of the table (512 in
+    published models) and then gathers. Here, only those 2L - 1 rows are multiplied, and
+    `_by_position` replaces the gathering.
+    """
+    heads = attention.num_attention_heads
+    queries, keys, values = (
+        _heads(linear, hidden, batch, heads)
+        for linear in (attention.query_proj, attention.key_proj, attention.value_proj)
+    )
+    longest = batch.masks[0].shape[1]
+    rows = attention.pos_dropout(table)[_table_rows(attention, longest, hidden.device)]
+    distance_queries, distance_keys = (  # (heads, size, 2 * longest - 1)
+        linear(rows).view(len(rows), heads, -1).permute(1, 2, 0)
+        for linear in (attention.query_proj, attention.key_proj)
+    )
+    distance_keys = distance_keys.flip(-1)  # `_by_position` wants the distances j - i for queries
+    scale = 1 / math.sqrt(3 * attention.attention_head_size)
+    contexts = []
+    for q, k, v, mask in zip(queries, keys, values, batch.masks, strict=True):
+        length = mask.shape[1]
+        # the 2 * length - 1 distances in the middle
+        occurring = slice(longest - length, longest + length - 1)
+        q = q * scale
         scores = q @ k.transpose(-1, -2)
-        if keys is not None:
-            scores = scores + _by_position(q @ keys[..., live])
-        if queries is not None:
-            scores = scores + _by_position(k @ (queries[..., live] * scale)).transpose(-1, -2)
-        contexts.append(_attend(scores, v, group, own.dropout.p if own.training else 0.0))
-    return _joined(contexts, len(hidden))
+        scores = scores + _by_position(q @ distance_keys[..., occurring])
+        transposed = _by_position(k @ distance_queries[..., occurring] * scale)
+        contexts.append(_attend(scores + transposed.transpose(-1, -2), v, mask, attention.dropout))
+    return _join(contexts, len(hidden))
 
 
-def _position_heads(linear: Any, rows: Tensor, heads: int) -> Tensor:
-    """(2 L - 1, d) rows of the position table -> (heads, head size, 2 L - 1)."""
-    projected: Tensor = linear(rows)
-    return projected.view(len(rows), heads, -1).permute(1, 2, 0)
-
-
-def _distance_rows(own: Any, length: int, device: torch.device) -> Tensor:
-    """(2 length - 1,) row of the position table for each distance i - j = -(length - 1) ... length
-    - 1; far distances share log-spaced buckets.
+def _table_rows(attention: Any, length: int, device: torch.device) -> Tensor:
+    """(2 * length - 1,) int64: the row of the position table for each distance from -(length - 1)
+    to length - 1. Short distances have a row each; long ones share rows, on a logarithmic scale.
     """
-    distance = torch.arange(1 - length, length, device=device)
-    if own.position_buckets > 0:
-        distance = make_log_bucket_position(
-            distance, own.position_buckets, own.max_relative_positions
-        ).long()
-    rows: Tensor = (distance + own.pos_ebd_size).clamp(0, 2 * own.pos_ebd_size - 1)
+    buckets = attention.position_buckets
+    distances = torch.arange(1 - length, length, device=device)
+    bucket = make_log_bucket_position(distances, buckets, attention.max_relative_positions)
+    rows: Tensor = (bucket.long() + buckets).clamp(0, 2 * buckets - 1)
     return rows
 
 
-class _Skew(torch.autograd.Function):
-    """(..., L, 2L - 1) scores by distance -> (..., L, L) by position: out[i, j] = by_distance[i, L
-    - 1 + j - i], a view of fixed stride.
+def _by_position(by_distance: Tensor) -> Tensor:
+    """Scores by distance (..., L, 2L - 1) -> scores by position (..., L, L).
+
+    Column c of the input holds the scores for j - i = c - (L - 1). The result is
+    out[i, j] = by_distance[i, L - 1 + j - i]. For L = 3, with the cells that are read in brackets:
+
+        row 0:  -2   -1  [ 0]  [ 1]  [ 2]
+        row 1:  -2  [-1] [ 0]  [ 1]    2
+        row 2: [-2] [-1] [ 0]    1     2
+
+    The window moves one column to the left in each row. In memory, each window therefore starts
+    2L - 2 numbers after the one above it, instead of 2L - 1: the result is a strided view, and
+    nothing is gathered.
     """
-
-    @staticmethod
-    def forward(ctx: Any, by_distance: Tensor) -> Tensor:
-        length, width = by_distance.shape[-2:]
-        flat = by_distance.contiguous().view(-1, length * width)
-        view = flat.as_strided(
-            (len(flat), length, length), (length * width, width - 1, 1), length - 1
-        )
-        return view.reshape(*by_distance.shape[:-1], length)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        length = grad.shape[-1]
-        width = 2 * length - 1
-        out = grad.new_zeros(*grad.shape[:-1], width)
-        n = grad.numel() // length**2
-        out.as_strided((n, length, length), (length * width, width - 1, 1), length - 1).copy_(
-            grad.reshape(n, length, length)
-        )
-        return out
-
-
-_by_position: Any = _Skew.apply  # untyped
-
-
-@contextlib.contextmanager
-def sparse_gradients(model: Any) -> Iterator[None]:
-    """Gradients of embedding tables are added at the rows in use: a whole table for each part of a
-    batch costs more than the part.
-    """
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    try:
-        for table in tables:
-            table.sparse = True
-        yield
-    finally:
-        for table in tables:
-            table.sparse = False
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """`functional.dropout`; on the CPU in bf16 by `_CheapDropout`."""
-    if p == 0:
-        return x
-    cheap: Any = _CheapDropout.apply  # untyped
-    dropped: Tensor = (
-        cheap(x, p)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        else functional.dropout(x, p)
+    *leading, length, width = by_distance.shape
+    flat = by_distance.reshape(-1, length * width).contiguous()
+    windows = flat.as_strided(
+        (len(flat), length, length),
+        (length * width, width - 1, 1),
+        flat.storage_offset() + length - 1,
     )
-    return dropped
-
-
-class _CheapDropout(torch.autograd.Function):
-    """Dropout with p rounded to 1/32,768: torch's generator gives 64 random bits at a time, enough
-    for four elements; a mask of all ones or zeros is laid over the numbers' bits. Torch's own draws
-    a double an element, which costs more than the matrix products on a CPU with bf16 units.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        drawn = (
-            torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)[: x.numel()]
-            .view(x.shape)
-        )
-        dropped = round(p * 2**15)
-        # (threshold - drawn) is negative where drawn is larger: its sign, spread over all bits, is
-        # the mask of the kept elements
-        kept = (
-            drawn.bitwise_right_shift_(1).neg_().add_(dropped - 2**14 - 1).bitwise_right_shift_(15)
-        )
-        ctx.save_for_backward(kept)
-        ctx.scale = 2**15 / (2**15 - dropped)
-        return _mask(x, kept, ctx.scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _mask(grad, ctx.saved_tensors[0], ctx.scale), None
-
-
-def _mask(x: Tensor, kept: Tensor, scale: float) -> Tensor:
-    return (x.contiguous().view(torch.int16) & kept).view(torch.bfloat16).mul_(scale)
+    return windows.view(*leading, length, length)

