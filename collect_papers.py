@@ -113,8 +113,8 @@ def repeats_title(paper: Paper) -> bool:
 
 
 class CollectedPapers:
-    """The streams, the papers kept so far, and the counts. Until the run is done, it can be resumed
-    from two hidden files next to the output: .NAME.partial (papers) and .NAME.state.json.
+    """The streams, the papers kept so far, and the counts. A run that was interrupted resumes from
+    two hidden files next to the output: .NAME.partial (papers) and .NAME.state.json.
     """
 
     def __init__(self, command: Command) -> None:

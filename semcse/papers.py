@@ -69,8 +69,8 @@ def normalise(text: str) -> str:
 def read_papers(
     path: str | Path, need: Collection[str] = (), skip_invalid: bool = False
 ) -> Iterator[Paper]:
-    """Reads the papers of a file one at a time. A UserError names the file, line and key if one is
-    not valid, or the file cannot be read or holds no papers.
+    """Reads the papers of a file one at a time. Raises a UserError for a line that is not valid,
+    and if the file cannot be read or holds no papers.
 
     Args:
         path: the papers file, plain or gzipped; "-" means standard input.
