@@ -1,11 +1,8 @@
 """Makes a papers file from SciRepEval, SciDocs, any other Hub data set, or your own CSV, JSON,
-parquet or BibTeX file.
+parquet or BibTeX file. The same command resumes a run that was interrupted.
 
     python collect_papers.py --source scidocs --output data/scidocs.jsonl.gz
     python collect_papers.py --input library.csv --id DOI --title Title --output papers.jsonl
-
-Rows are streamed, and papers that are left out are counted by reason. The same command resumes a
-run that was interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,13 +35,12 @@ log = logging.getLogger(__name__)
 TRAINING_CONFIGS = ("fos", "mesh_descriptors", "cite_prediction", "search")
 # The first of these columns that a row has is its id. `corpus_id` is the same in all tasks.
 ID_COLUMNS = {"scirepeval": ("corpus_id", "doc_id", "sha"), "scidocs": ("doc_id",)}
-_FIELDS = (
+# The top fields of the Microsoft Academic Graph, in the order of the labels of SciDocs
+MAG_FIELDS = (
     "Art,Biology,Business,Chemistry,Computer science,Economics,Engineering,Environmental science,"
     "Geography,Geology,History,Materials science,Mathematics,Medicine,Philosophy,Physics,"
     "Political science,Psychology,Sociology"
-)
-# SciDocs label -> top field of the Microsoft Academic Graph
-MAG_FIELDS = dict(enumerate(_FIELDS.split(",")))
+).split(",")
 TITLE_WORDS = 4  # a shorter title may be in its abstract by chance (our choice)
 CHECKPOINT_ROWS = 2_000  # number of rows between two checkpoints
 
@@ -65,8 +61,7 @@ class Command:
     split: str = "train"  # split of the data set
     id: str = "id"  # column of the ids; a paper without one gets a hash of title and abstract
     title: str = "title"  # column of the titles
-    # column of the abstracts; title and abstract may be nested inside the rows
-    abstract: str = "abstract"
+    abstract: str = "abstract"  # column of the abstracts; both columns may be nested
     field: str = ""  # column of the fields of study, if any
     query: str = ""  # column of search queries, if any
     summaries: str = ""  # column of summaries (a text or a list of texts), if any
@@ -78,6 +73,7 @@ class Command:
 def open_streams(command: Command) -> dict[str, Any]:
     """Opens the data sets that a command names. Returns name -> `datasets.IterableDataset`."""
     path, name, split = Path(command.input), command.input, command.split
+    configs = command.config or ("",)
     if command.source == "scidocs":
         return {"scidocs": open_split("allenai/scirepeval", "scidocs_mag_mesh", "evaluation")}
     if command.source == "scirepeval":
@@ -85,26 +81,17 @@ def open_streams(command: Command) -> dict[str, Any]:
     elif path.is_file() or path.name.lower().endswith((*FILE_KINDS, ".gz")):
         texts = [command.id, command.title, command.abstract, command.field, command.query]
         return {path.name: open_file(path, [*texts, command.summaries])}
-    else:
-        configs = command.config or ("",)
     return {f"{name} {config}".rstrip(): open_split(name, config, split) for config in configs}
 
 
 def scidocs_fields() -> dict[str, str]:
     """Returns the fields of study of the SciDocs MAG task (both splits) by paper id."""
     rows = open_split("allenai/scirepeval_test", "scidocs_mag", "train+test")
-    labels = {row["paper_id"]: row["label"] for row in rows}
-    if unknown := set(labels.values()) - set(range(len(MAG_FIELDS))):
-        raise UserError(f"SciDocs has unknown labels: {unknown}", "check the data set's version")
-    return {paper: MAG_FIELDS[label] for paper, label in labels.items()}
+    return {row["paper_id"]: MAG_FIELDS[row["label"]] for row in rows}
 
 
-def paper_of(
-    row: dict[str, Any], command: Command, stream: str, fields: Mapping[str, str]
-) -> Paper:
-    """Makes a Paper of an object from a row. `stream` becomes the paper's `source`; `fields` holds
-    known fields of study by paper id.
-    """
+def paper_of(row: dict[str, Any], command: Command, stream: str, fields: dict[str, str]) -> Paper:
+    """Makes a Paper of an object in a row. `fields` holds known fields of study by paper id."""
     names = ("title", "abstract", "field", "query")
     texts: dict[str, Any] = {name: text_of(row.get(getattr(command, name))) for name in names}
     columns = ID_COLUMNS.get(command.source or "", (command.id,))
@@ -120,43 +107,14 @@ def paper_of(
 
 
 def repeats_title(paper: Paper) -> bool:
-    """Returns whether the abstract contains the title word for word, if the title has at least
-    TITLE_WORDS words.
-    """
+    """Returns whether the abstract contains a title of at least TITLE_WORDS words."""
     title, abstract = (re.findall(r"\w+", normalise(t)) for t in (paper.title, paper.abstract))
     return len(title) >= TITLE_WORDS and f" {' '.join(title)} " in f" {' '.join(abstract)} "
 
 
-def rejection_reason(
-    paper: Paper, command: Command, excluded: SeenPapers, seen: SeenPapers
-) -> str | None:
-    """Returns why a paper is left out, or None to keep it. SciDocs is not filtered, because the
-    papers that models are compared on must not depend on our filters.
-    """
-    if command.source == "scidocs" and not paper.field:
-        return "no label"
-    if not paper.abstract:
-        return "no abstract"
-    if not paper.title:
-        return "no title"
-    if command.source == "scidocs":
-        return "collected already (same id)" if paper.id in seen.ids else None
-    if len(paper.abstract.split()) < command.min_words:
-        return "short abstract"
-    if repeats_title(paper):
-        return "abstract repeats the title"
-    if same := excluded.reason(paper):
-        return f"in an excluded file (same {same})"
-    if same := seen.reason(paper):
-        return f"collected already (same {same})"
-    return None
-
-
 class CollectedPapers:
-    """The papers kept so far, the counts, and the place in each stream.
-
-    Until the run is done they are in two hidden files next to the output, .NAME.partial (papers)
-    and .NAME.state.json.
+    """The streams, the papers kept so far, and the counts. A run that was interrupted resumes from
+    two hidden files next to the output: .NAME.partial (papers) and .NAME.state.json.
     """
 
     def __init__(self, command: Command) -> None:
@@ -168,114 +126,120 @@ class CollectedPapers:
         state: dict[str, Any] = {"places": {}, "looked": {}, "dropped": {}}
         if self.state_file.exists() and self.partial.exists():
             state = files.read_json(self.state_file)
-            old = state["request"]
-            if changed := [key for key in self.request if self.request[key] != old.get(key)]:
+            if changed := [k for k, v in self.request.items() if state["request"].get(k) != v]:
                 what = f"{self.output}: its unfinished run had another {', '.join(changed)}"
                 fix = f"give the same flags, or delete {self.state_file} to start over"
                 raise UserError(what, fix)
             os.truncate(self.partial, state["bytes"])
         else:
             self.partial.unlink(missing_ok=True)
-        self.places: dict[str, Any] = state["places"]  # stream -> its state_dict
         self.read = Counter[str](state["looked"])  # stream -> number of papers read
         self.dropped = Counter[str](state["dropped"])  # reason -> number of papers left out
+        self.kept = self.read.total() - self.dropped.total()
         self.unsaved: list[str] = []  # lines of kept papers that are not in the file yet
         self.excluded = SeenPapers(paper for path in command.exclude for paper in read_papers(path))
-        self.seen = SeenPapers(read_papers(self.partial) if self.kept() else ())
+        self.seen = SeenPapers(read_papers(self.partial) if self.kept else ())
+        self.streams = open_streams(command)
+        for name, place in state["places"].items():
+            self.streams[name].load_state_dict(place)
 
-    def kept(self) -> int:
-        """Returns the number of papers kept so far."""
-        return self.read.total() - self.dropped.total()
+    def mixed_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (stream, row), always of the stream with the fewest papers read, so that the
+        streams mix evenly, however many papers their rows hold.
+        """
+        kind = UserError if Path(self.command.input).is_file() else RunError
+        rows = {name: iter(stream) for name, stream in self.streams.items()}
+        while rows:
+            name = min(rows, key=lambda one: self.read[one])
+            fix = "fix this and give the same command again to continue"
+            with library_errors(kind, f"{name}: reading stopped", fix):
+                row = next(rows[name], None)
+            if row is None:
+                del rows[name]
+            else:
+                yield name, row
 
-    def is_full(self) -> bool:
-        """Returns whether --limit is reached."""
-        return 0 < self.command.limit <= self.kept()
+    def rejection_reason(self, paper: Paper) -> str | None:
+        """Returns why a paper is left out, or None to keep it. SciDocs is not filtered, because the
+        papers that models are compared on must not depend on our filters.
+        """
+        is_scidocs = self.command.source == "scidocs"
+        if is_scidocs and not paper.field:
+            return "no label"
+        if not paper.abstract:
+            return "no abstract"
+        if not paper.title:
+            return "no title"
+        if is_scidocs:
+            return "collected already (same id)" if paper.id in self.seen.ids else None
+        if len(paper.abstract.split()) < self.command.min_words:
+            return "short abstract"
+        if repeats_title(paper):
+            return "abstract repeats the title"
+        if same := self.excluded.reason(paper):
+            return f"in an excluded file (same {same})"
+        same = self.seen.reason(paper)
+        return f"collected already (same {same})" if same else None
 
     def offer(self, paper: Paper) -> None:
         """Keeps a paper, or counts why not."""
-        if reason := rejection_reason(paper, self.command, self.excluded, self.seen):
+        if reason := self.rejection_reason(paper):
             self.dropped[reason] += 1
         else:
+            self.kept += 1
             self.seen.add(paper)
             self.unsaved.append(json.dumps(paper.as_row(), ensure_ascii=False) + "\n")
         self.read[paper.source] += 1
 
-    def save(self, streams: Mapping[str, Any]) -> None:
+    def save(self) -> None:
         """Writes the kept papers to the disk, and then the state of the run."""
         with self.partial.open("ab") as handle:
             handle.write("".join(self.unsaved).encode())
             handle.flush()
             os.fsync(handle.fileno())
             size = handle.tell()
-        state = {"request": self.request, "bytes": size, "looked": self.read}
-        state["places"] = {name: stream.state_dict() for name, stream in streams.items()}
-        files.write_json(self.state_file, state | {"dropped": self.dropped})
+        places = {name: stream.state_dict() for name, stream in self.streams.items()}
+        state = {"request": self.request, "bytes": size, "places": places}
+        files.write_json(self.state_file, state | {"looked": self.read, "dropped": self.dropped})
         self.unsaved.clear()
 
     def finish(self) -> None:
         """Writes the output from the saved papers, and deletes the two hidden files."""
         with files.atomic_path(self.output) as target, target.open("wb") as plain:
-            out: Any = plain
-            if self.output.suffix == ".gz":
-                # Without name and time in the gzip header, equal papers give equal files.
-                out = gzip.GzipFile("", "wb", 6, plain, mtime=0)
+            # Without name and time in the gzip header, equal papers give equal files.
+            is_gzip = self.output.suffix == ".gz"
+            out: Any = gzip.GzipFile("", "wb", 6, plain, mtime=0) if is_gzip else plain
             with self.partial.open("rb") as papers, out:
                 shutil.copyfileobj(papers, out)
         self.state_file.unlink()
         self.partial.unlink()
 
 
-def mixed_rows(
-    streams: Mapping[str, Any], papers_read: Mapping[str, int], kind: type[UserError]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (stream, row), always of the stream with the fewest papers read, so that the streams
-    mix evenly, however many papers their rows hold. Raises reading errors as `kind`.
-    """
-    rows = {name: iter(stream) for name, stream in streams.items()}
-    while rows:
-        name = min(rows, key=lambda one: papers_read[one])
-        fix = "fix this and give the same command again to continue"
-        with library_errors(kind, f"{name}: reading stopped", fix):
-            row = next(rows[name], None)
-        if row is None:
-            del rows[name]
-        else:
-            yield name, row
-
-
 def collect(command: Command) -> None:
-    """Reads the streams, writes the papers that pass, and logs how many were left out and why.
-
-    Raises:
-        UserError: the input is bad, or no paper passes.
-        RunError: the connection to the Hub is lost; what was read is kept.
-    """
+    """Reads the streams, writes the papers that pass, and logs how many were left out and why."""
     papers = CollectedPapers(command)
     fields = scidocs_fields() if command.source == "scidocs" else {}
-    streams = open_streams(command)
-    for name, place in papers.places.items():
-        streams[name].load_state_dict(place)
-    kind = UserError if Path(command.input).is_file() else RunError
     row: dict[str, Any] = {}
-    bar = tqdm(total=command.limit or None, initial=papers.kept(), desc="collecting", unit="paper")
+    limit = command.limit or sys.maxsize
+    bar = tqdm(total=command.limit or None, initial=papers.kept, desc="collecting", unit="paper")
     with command_line.StopSignal() as stop, bar:
-        for number, (name, row) in enumerate(mixed_rows(streams, papers.read, kind), start=1):
+        for number, (name, row) in enumerate(papers.mixed_rows(), start=1):
             for found in objects_with((command.title, command.abstract), row):
-                if not papers.is_full():
+                if papers.kept < limit:
                     papers.offer(paper_of(found, command, name, fields))
-            bar.update(papers.kept() - bar.n)
-            if papers.kept() and (stop.received or number % CHECKPOINT_ROWS == 0):
-                papers.save(streams)
+            bar.update(papers.kept - bar.n)
+            if papers.kept and (stop.received or number % CHECKPOINT_ROWS == 0):
+                papers.save()
             stop.raise_received()
             # The columns are wrong if so many rows hold no paper.
-            if papers.is_full() or (number == CHECKPOINT_ROWS and not papers.read):
+            if papers.kept >= limit or (number == CHECKPOINT_ROWS and not papers.read):
                 break
     reasons = ", ".join(f"{count} {reason}" for reason, count in papers.dropped.most_common())
-    summary = f"kept {papers.kept()} of {papers.read.total()} papers; left out: {reasons or 'none'}"
-    if not papers.kept():
+    summary = f"kept {papers.kept} of {papers.read.total()} papers; left out: {reasons or 'none'}"
+    if not papers.kept:
         fix = "check --title, --abstract and --min-words"
         raise UserError(f"{summary} (columns: {', '.join(row)})", fix)
-    papers.save(streams)
+    papers.save()
     papers.finish()
     read = ", ".join(f"{count} of {name}" for name, count in papers.read.items())
     log.info("%s: %s; papers read: %s", command.output, summary, read)

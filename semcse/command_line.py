@@ -1,6 +1,5 @@
-"""What every script shares: parsing its flags, its log, its signals and its exit code.
-
-The exit codes are listed in semcse/errors.py.
+"""What every script shares: parsing its flags, its log, its signals and its exit code (which
+semcse/errors.py lists).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import TypeVar
 
 from semcse.errors import Terminated, UserError, memory_named, printable, without_secrets
 
-Command = TypeVar("Command")
+T = TypeVar("T")
 
 FIXES = {
     errno.ENOSPC: "free some disk space and run again",
@@ -29,9 +28,8 @@ FIXES = {
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command`, report a failure as one line on stderr, and return the exit code.
-
-    Bugs, such as a TypeError, keep their traceback, but without secrets.
+    """Run `command`, report a failure as one line on stderr, and return the exit code. Bugs, such
+    as a TypeError, keep their traceback, but without secrets.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = lambda *fault: print(
@@ -51,18 +49,14 @@ def run_command(command: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        _discard_stdout()
+        # Discard what is left in stdout's buffer; otherwise Python fails again when it exits.
+        with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader went away, as in `script | head`
             return 1
         where = f" ({error.filename})" if error.filename else ""
         fix = FIXES.get(error.errno, "remove the cause and run again")
         return _fail(f"{error.strerror or error}{where}; {fix}", 1)
-
-
-def _discard_stdout() -> None:
-    """Discard what is left in stdout's buffer; otherwise Python fails again when it exits."""
-    with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
@@ -74,41 +68,28 @@ def _raise_terminated(signum: int, frame: object) -> None:
     raise Terminated
 
 
-def parse_command_line(
-    kind: type[Command], args: Sequence[str] | None, default: Command
-) -> Command:
-    """Parse the command line with tyro; a bad one exits with code 2 and tyro's message on stderr.
-
-    Args:
-        kind: the dataclass whose fields are the flags.
-        args: the words after the script's name; None means those of `sys.argv`.
-        default: an instance that holds the default values.
+def parse_command_line(kind: type[T], args: Sequence[str] | None, default: T) -> T:
+    """Parse `args` (None: those of `sys.argv`) into the dataclass `kind`, whose fields are the
+    flags and whose default values `default` holds. A bad command line exits with code 2.
     """
     import tyro
 
-    return tyro.cli(
-        kind,
-        args=args,
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
-    )
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
+    return tyro.cli(kind, args=args, default=default, config=config)
 
 
 class StopSignal:
-    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step.
-
-    A second signal ends the block at once, unless `patient` is true: launchers and schedulers
-    send the same signal twice.
+    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step. A
+    second signal ends the block at once, unless it is `patient`: launchers send a signal twice.
     """
 
     def __init__(self, patient: bool = False) -> None:
         self.received: int | None = None
-        self.patient = patient
+        self._patient = patient
 
     def __enter__(self) -> StopSignal:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -117,7 +98,7 @@ class StopSignal:
 
     def _note(self, signum: int, frame: object) -> None:
         again, self.received = self.received is not None, signum
-        if again and not self.patient:
+        if again and not self._patient:
             self.raise_received()
 
     def raise_received(self) -> None:

@@ -1,8 +1,7 @@
 """The exceptions that end a script with one error line, and text that is safe to print.
 
-Exit codes of every script: 0 done; 2 bad usage or bad input (UserError), and nothing was written;
-1 a fault at run time (RunError, a full disk), and everything done so far is kept; 130 after Ctrl-C;
-143 after SIGTERM. `semcse.command_line.run_command` turns exceptions into these codes.
+Exit codes: 0 done; 2 bad usage or bad input (UserError), and nothing was written; 1 a fault at run
+time (RunError, a full disk), and everything done so far is kept; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ import os
 import re
 from collections.abc import Iterator
 
-# Environment variables whose values must never be logged or written.
-SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-
 
 class UserError(Exception):
     """Bad usage or bad input. `what` names the file, line or setting; `fix` says what to do."""
@@ -23,8 +19,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(f"{what}; {fix}")
-        self.what = what
-        self.fix = fix
+        self.what, self.fix = what, fix
 
 
 class RunError(UserError):
@@ -44,19 +39,16 @@ def memory_named(settings: str) -> Iterator[None]:
         yield
     # torch raises OutOfMemoryError for a GPU, but a plain RuntimeError for the CPU.
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)
-        ):
+        causes = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+        if isinstance(error, RuntimeError) and not re.search(causes, str(error)):
             raise
-        raise RunError(
-            f"out of memory ({str(error)[:200]})",
-            f"free some memory and continue, or start again with a lower {settings}",
-        ) from None
+        fix = f"free some memory and continue, or start again with a lower {settings}"
+        raise RunError(f"out of memory ({str(error)[:200]})", fix) from None
 
 
 def without_secrets(text: str) -> str:
-    """Replace the values of SECRETS in `text`, which a server may have sent back, by stars."""
-    for name in SECRETS:
+    """Replace API keys and tokens in `text`, which a server may have sent back, by stars."""
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         value = os.environ.get(name, "").strip()
         if len(value) >= 8:  # shorter values, such as "EMPTY", are placeholders
             text = text.replace(value, "***")

@@ -15,12 +15,13 @@ import filelock
 
 from semcse.errors import UserError
 
+Row = dict[str, Any]
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, to which the block writes a file or a folder that replaces `path`.
-
-    If the block raises, `path` keeps its old content and the temporary one is removed.
+    """Yield a temporary path, to which the block writes a file or a folder that replaces `path`. If
+    the block raises, `path` keeps its old content and the temporary one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -52,11 +53,8 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Move the folder `new` to `path`, and remove the folder that was there.
-
-    A kill can leave the old folder under its temporary name; `restore_folder(path)` moves it back.
-    """
-    old = _old_name(path)
+    """Move the folder `new` to `path`, and remove the folder that was there."""
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
         remove(old)
         path.rename(old)
@@ -66,14 +64,11 @@ def replace_folder(new: Path, path: Path) -> None:
 
 def restore_folder(path: Path) -> None:
     """Clean up after a kill in `replace_folder(_, path)`: `path` is then a whole folder again."""
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
-        remove(_old_name(path))
-    elif _old_name(path).exists():
-        _old_name(path).rename(path)
-
-
-def _old_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+        remove(old)
+    elif old.exists():
+        old.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,21 +89,16 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not readable as JSON ({error})", "delete it or put back a good copy"
-        ) from None
+        what = f"{path}: not readable as JSON ({error})"
+        raise UserError(what, "delete it or put back a good copy") from None
 
 
 class Journal:
-    """A JSONL file that grows by whole rows, so that a kill loses at most the row being written.
-
-    Opening a journal drops torn lines (without a line end, or not JSON), which a kill or a full
-    disk can leave. A journal may be larger than memory.
+    """A JSONL file that grows by whole rows. Opening it drops torn lines (without a line end, or
+    not JSON), which a kill or a full disk can leave. A journal may be larger than memory.
     """
 
-    def __init__(
-        self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True
-    ) -> None:
+    def __init__(self, path: Path, keep: Callable[[Row], bool] = lambda row: True) -> None:
         """Open `path` for appending, and drop the existing rows for which `keep` returns False."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +108,7 @@ class Journal:
         self._handle = path.open("a+b")
 
     @staticmethod
-    def scan(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def scan(path: Path) -> Iterator[tuple[int, Row]]:
         """Yield (byte offset, row) of every whole row of a journal file."""
         offset = 0
         with path.open("rb") as handle:
@@ -131,15 +121,14 @@ class Journal:
                 offset += len(line)
 
     @classmethod
-    def rows(cls, path: Path) -> list[dict[str, Any]]:
+    def rows(cls, path: Path) -> list[Row]:
         """Return all whole rows of a journal file."""
         return [row for _, row in cls.scan(path)]
 
-    def append(self, row: dict[str, Any]) -> int:
+    def append(self, row: Row) -> int:
         """Write one row, flush it, and return its byte offset."""
-        line = _line(row)
         offset = self._handle.seek(0, os.SEEK_END)
-        self._handle.write(line)
+        self._handle.write(_line(row))
         self._handle.flush()
         return offset
 
@@ -147,7 +136,7 @@ class Journal:
         """Wait until the rows are on the disk, so that they survive a power failure."""
         os.fsync(self._handle.fileno())
 
-    def row_at(self, offset: int) -> dict[str, Any]:
+    def row_at(self, offset: int) -> Row:
         """Return the row at a byte offset that `append` or `scan` gave."""
         self._handle.seek(offset)
         return dict(json.loads(self._handle.readline()))
@@ -157,28 +146,21 @@ class Journal:
         self._handle.close()
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: Row) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, named `.NAME.lock`, for this process alone.
-
-    The kernel releases the lock when the process ends, even if it is killed.
-
-    Raises:
-        UserError: another process holds the lock.
+    """Hold the lock file `path`, named `.NAME.lock`. UserError: another process holds it. The
+    kernel releases the lock when the process ends, even if it is killed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path)
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
-        raise UserError(
-            f"{path.with_name(path.stem[1:])} is in use by another run",
-            "wait for it or choose another output",
-        ) from None
+        what = f"{path.with_name(path.stem[1:])} is in use by another run"
+        raise UserError(what, "wait for it or choose another output") from None
     try:
         yield
     finally:

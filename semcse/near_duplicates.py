@@ -21,10 +21,8 @@ NEAR_EQUAL = 0.5  # share of the smaller sketch that near-equal abstracts have i
 
 @functools.lru_cache(maxsize=2)  # because a paper is looked up and then added
 def sketch(text: str) -> tuple[int, ...]:
-    """Returns the SKETCH smallest hashes of a text's word 8-grams, or all if there are fewer.
-
-    The share of hashes that two sketches have in common estimates the share of 8-grams that the
-    texts have in common.
+    """Returns the SKETCH smallest hashes of a text's word 8-grams, or all if there are fewer. Two
+    sketches share about as large a part of their hashes as the texts share of their 8-grams.
     """
     words = re.findall(r"\w+", normalise(text))
     # A text of fewer than eight words is one shorter n-gram; a text without words has none.
@@ -48,14 +46,12 @@ class SeenPapers:
     def add(self, paper: Paper) -> None:
         """Adds one paper to the collection."""
         self.ids.add(paper.id)
-        if paper.title.strip():
-            self._titles.add(normalise(paper.title))
+        self._titles.add(normalise(paper.title))
         hashes = sketch(paper.abstract)
         for value in hashes:
             self._first_with.setdefault(value, len(self._sketch_sizes))
         self._sketch_sizes.append(len(hashes))
-        if hashes:
-            self._whole_sketches.add(hash(hashes))
+        self._whole_sketches.add(hash(hashes))
 
     def reason(self, paper: Paper) -> str | None:
         """Returns why `paper` counts as already collected ("id", "title" or "abstract"), or None if
@@ -63,10 +59,10 @@ class SeenPapers:
         """
         if paper.id in self.ids:
             return "id"
-        if paper.title.strip() and normalise(paper.title) in self._titles:
+        title, hashes = normalise(paper.title), sketch(paper.abstract)
+        if title and title in self._titles:
             return "title"
-        hashes = sketch(paper.abstract)
-        if hash(hashes) in self._whole_sketches:
+        if hashes and hash(hashes) in self._whole_sketches:
             return "abstract"
         shared = Counter(self._first_with[value] for value in hashes if value in self._first_with)
         for other, count in shared.items():
@@ -77,10 +73,6 @@ class SeenPapers:
 
 def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
     """Returns the papers that are not in `seen`, and how many were dropped for which reason."""
-    kept, dropped = list[Paper](), Counter[str]()
-    for paper in papers:
-        if reason := seen.reason(paper):
-            dropped[reason] += 1
-        else:
-            kept.append(paper)
-    return kept, dropped
+    reasons = [(paper, seen.reason(paper)) for paper in papers]
+    kept = [paper for paper, reason in reasons if reason is None]
+    return kept, Counter(reason for _, reason in reasons if reason)

@@ -69,56 +69,36 @@ def normalise(text: str) -> str:
 def read_papers(
     path: str | Path, need: Collection[str] = (), skip_invalid: bool = False
 ) -> Iterator[Paper]:
-    """Reads the papers of a file one at a time and validates each.
+    """Reads the papers of a file one at a time. Raises a UserError for a line that is not valid,
+    and if the file cannot be read or holds no papers.
 
     Args:
-        path: the papers file, plain or gzipped.
+        path: the papers file, plain or gzipped; "-" means standard input.
         need: keys besides `id` that every paper must have and that must not be blank.
         skip_invalid: leave out bad lines and log how many, instead of stopping at the first.
-
-    Raises:
-        UserError: the file cannot be read, holds no papers, or (without skip_invalid) has a bad
-            line. The message names the file, the line, the key and the fix.
     """
-    seen: set[str] = set()
-
-    def parse(line: bytes) -> Paper:
-        paper = _parse_paper(line, need)
-        if paper.id in seen:
-            what = f'id "{paper.id[:80]}" is already on an earlier line'
-            raise _BadLine(what, "give each paper a unique id")
-        seen.add(paper.id)
-        return paper
-
-    for _, paper in _parsed_lines(path, parse, skip_invalid, "paper"):
-        yield paper
+    ids: set[str] = set()
+    lines = _parsed_lines(path, lambda line: _parse_paper(line, need, ids), skip_invalid, "paper")
+    return (paper for _, paper in lines)
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
-    """Yields (1-based line number, stripped text) of each line of a text file that is not blank.
-
-    Raises:
-        UserError: as `read_papers`; a bad line is one that is not UTF-8.
+    """Yields (1-based line number, stripped text) of each line of a text file that is not blank;
+    `skip_invalid` leaves out lines that are not UTF-8.
     """
     yield from _parsed_lines(path, lambda line: _decode(line).strip(), skip_invalid, "text")
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (1-based line number, raw line) of each line that is not blank.
-
-    The path "-" means standard input. Gzip is detected from the first two bytes, not from the name.
-
-    Raises:
-        UserError: the file cannot be read, is a damaged gzip file, or has a line longer than
-            LONGEST_LINE.
+    """Yields (1-based line number, raw line) of each line that is not blank. The path "-" means
+    standard input. Gzip is detected from the first two bytes, not from the name.
     """
     try:
         with Path("/dev/stdin" if str(path) == "-" else path).open("rb") as raw:
             zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # peek, because a pipe cannot be rewound
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
-            number = 0
-            while line := stream.readline(LONGEST_LINE):
-                number += 1
+            lines = iter(lambda: stream.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
                 if len(line) == LONGEST_LINE:
                     what = f"{path}:{number}: line is longer than {LONGEST_LINE >> 20} MiB"
                     raise UserError(what, "write one paper per line")
@@ -135,32 +115,25 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def shard_slice(shard: str) -> slice:
-    """Returns the slice of a file's papers that belongs to the shard "i/n": "2/4" gives
-    slice(1, None, 4). Raises a UserError if `shard` does not have this form.
-    """
+    """Returns the slice of a file's papers in the shard "i/n": "2/4" gives slice(1, None, 4)."""
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
         raise UserError(f"--shard {shard} is not a shard", "give i/n with 1 <= i <= n, such as 2/4")
     return slice(int(parts[1]) - 1, None, int(parts[2]))
 
 
-class _BadLine(Exception):
-    """The two arguments say what is wrong with a line and how to fix it."""
-
-
 def _parsed_lines(
     path: str | Path, parse: Callable[[bytes], T], skip_invalid: bool, noun: str
 ) -> Iterator[tuple[int, T]]:
-    """Yields (line number, parsed line); `parse` raises _BadLine. `noun` says what a line holds."""
+    """Yields (line number, parsed line). `parse` raises a UserError; `noun` says what a line is."""
     kept, skipped = 0, 0
     for number, line in raw_lines(path):
         try:
             value = parse(line)
-        except _BadLine as bad:
+        except UserError as bad:
             if not skip_invalid:
-                what, fix = bad.args
-                fix += " (or leave out bad lines with --skip-invalid)"
-                raise UserError(f"{path}:{number}: {what}", fix) from None
+                fix = f"{bad.fix} (or leave out bad lines with --skip-invalid)"
+                raise UserError(f"{path}:{number}: {bad.what}", fix) from None
             skipped += 1
         else:
             kept += 1
@@ -171,20 +144,25 @@ def _parsed_lines(
         raise UserError(f"{path}: holds no {noun}s", f"give a file with one {noun} per line")
 
 
-def _parse_paper(line: bytes, need: Collection[str]) -> Paper:
+def _parse_paper(line: bytes, need: Collection[str], ids: set[str]) -> Paper:
+    """Parses and checks a line. `ids` holds the ids of earlier lines, and this one is added."""
     row = _parse_object(line)
     texts = {key: row[key] for key in TEXT_KEYS if key in row}
     summaries, visits = row.get("summaries", []), row.get("visits", 1)
     for key, text in texts.items():
         if not isinstance(text, str):
-            raise _BadLine(f'key "{key}" is not a string', "make it a string, or leave the key out")
+            raise UserError(f'key "{key}" is not a string', "make it a string or leave it out")
     if not isinstance(summaries, list) or not all(isinstance(text, str) for text in summaries):
-        raise _BadLine('key "summaries" is not a list of strings', "make it a list of strings")
+        raise UserError('key "summaries" is not a list of strings', "make it a list of strings")
     if type(visits) is not int or not 1 <= visits <= MOST_VISITS:
         what = f'key "visits" is not a whole number from 1 to {MOST_VISITS}'
-        raise _BadLine(what, "fix it, or leave the key out")
+        raise UserError(what, "fix it, or leave the key out")
     _check_needed(row, ("id", *need))
     _check_sizes(texts["id"], [*texts.values(), *summaries])
+    if texts["id"] in ids:
+        what = f'id "{texts["id"][:80]}" is already on an earlier line'
+        raise UserError(what, "give each paper a unique id")
+    ids.add(texts["id"])
     distinct: dict[str, str] = {}
     for text in filter(str.strip, summaries):
         distinct.setdefault(normalise(text), text)
@@ -195,36 +173,36 @@ def _parse_paper(line: bytes, need: Collection[str]) -> Paper:
 def _check_needed(row: dict[str, Any], keys: Collection[str]) -> None:
     for key in keys:
         if key not in row:
-            raise _BadLine(f'key "{key}" is missing', "add it")
+            raise UserError(f'key "{key}" is missing', "add it")
         values = row[key] if isinstance(row[key], list) else [row[key]]
         if not values or not all(value.strip() for value in values):
-            raise _BadLine(f'key "{key}" is blank', "fill it, or leave the paper out")
+            raise UserError(f'key "{key}" is blank', "fill it, or leave the paper out")
 
 
 def _check_sizes(paper_id: str, texts: list[str]) -> None:
     if len(paper_id) > LONGEST_ID:
-        raise _BadLine(f'key "id" has more than {LONGEST_ID} characters', "give a shorter id")
+        raise UserError(f'key "id" has more than {LONGEST_ID} characters', "give a shorter id")
     for text in texts:
         # The first comparison spares short texts the split.
         if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
             what = f"a text has a word of more than {LONGEST_WORD} characters"
-            raise _BadLine(what, "fix the text, or leave the paper out")
+            raise UserError(what, "fix the text, or leave the paper out")
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     if b"\x00" in line:
-        raise _BadLine("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
+        raise UserError("is not text (NUL byte)", "give a JSONL file, plain or gzipped")
     try:
         row = json.loads(_decode(line), object_pairs_hook=_refuse_duplicate_keys)
         # Python reads NaN, infinity and halves of surrogate pairs, but other readers do not.
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        raise _BadLine("has half a surrogate pair", "write the whole character") from None
+        raise UserError("has half a surrogate pair", "write the whole character") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)  # without its line number, which is always 1
-        raise _BadLine(f"is not JSON ({reason})", "write one JSON object per line") from None
+        raise UserError(f"is not JSON ({reason})", "write one JSON object per line") from None
     if not isinstance(row, dict):
-        raise _BadLine("is not a JSON object", "write one JSON object per line")
+        raise UserError("is not a JSON object", "write one JSON object per line")
     return row
 
 
@@ -232,7 +210,7 @@ def _decode(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise _BadLine("is not UTF-8", "save the file as UTF-8") from None
+        raise UserError("is not UTF-8", "save the file as UTF-8") from None
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,22 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from semcse import files
 from semcse.errors import UserError
-from semcse.files import (
-    atomic_path,
-    lock,
-    read_json,
-    remove,
-    replace_folder,
-    restore_folder,
-    write_json,
-    write_text,
-)
 
 # Settings that may change when a run is resumed, because they do not change its result.
-FREE_ON_RESUME = frozenset(
-    {"resume", "output_dir", "log_every", "skip_invalid", "keep_checkpoints"}
-)
+FREE_ON_RESUME = {"resume", "output_dir", "log_every", "skip_invalid", "keep_checkpoints"}
 
 
 def check_output_folder(output: Path) -> None:
@@ -37,26 +26,23 @@ def check_output_folder(output: Path) -> None:
 
 
 class RunFolder:
-    """The output folder of one run.
-
-    A run works in `path`, and is unfinished while the file UNFINISHED is there. If `output`
-    already holds a finished run, the new run works in a hidden folder next to it, which replaces
-    `output` when the new run finishes. The old results stay whole until then.
+    """The output folder of one run, which works in `path`, and is unfinished while the file
+    UNFINISHED is there. If `output` already holds a finished run, the new run works in a hidden
+    folder next to it, which replaces `output` when the new run finishes.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        restore_folder(output)
+        files.restore_folder(output)
         if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
-            raise UserError(
-                f"--output-dir {output}: holds files that are not a run's", "name another folder"
-            )
+            what = f"--output-dir {output}: holds files that are not a run's"
+            raise UserError(what, "name another folder")
         successor = output.with_name(f".{output.name}.next")
         if _is_finished(successor):  # killed inside `finish`, before it moved the folder
-            replace_folder(successor, output)
+            files.replace_folder(successor, output)
         self.path = successor if _is_finished(output) else output
         if _is_finished(output):  # killed inside `finish`, before it removed the checkpoints
-            remove(output / "checkpoints")
+            files.remove(output / "checkpoints")
 
     @classmethod
     @contextlib.contextmanager
@@ -64,38 +50,32 @@ class RunFolder:
         """Open the run folder `output` and hold its lock, so that no other process uses it."""
         output = output.resolve()
         check_output_folder(output)
-        with lock(output.with_name(f".{output.name}.lock")):
+        with files.lock(output.with_name(f".{output.name}.lock")):
             yield cls(output)
 
     def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool) -> None:
         """Start a run, or continue the unfinished one if `resume` is true.
 
         Both `settings` and `facts` are written to settings.json. A resumed run must have the same
-        settings, except for those in FREE_ON_RESUME, and the same `facts["inputs"]`.
-
-        Raises:
-            UserError: there is an unfinished run and `resume` is false, there is none and `resume`
-                is true, or settings or inputs have changed; the message names them.
+        settings, except for those in FREE_ON_RESUME, and the same `facts["inputs"]`; otherwise a
+        UserError names the changes.
         """
         mark, record = self.path / "UNFINISHED", self.path / "settings.json"
         if resume:
             if not mark.exists():
                 raise UserError(f"{self.output}: holds no unfinished run", "leave --resume out")
-            self._refuse_changes(read_json(record), settings, facts)
+            self._refuse_changes(files.read_json(record), settings, facts)
+            # A killed process left these; nobody else writes in this folder.
             for leftover in list(self.path.rglob(".*.partial")):
-                remove(leftover)  # a killed process left it; nobody else writes in this folder
+                files.remove(leftover)
         elif mark.exists():
-            raise UserError(
-                f"{self.path}: holds an unfinished run",
-                "continue it with --resume, or delete that folder, or name another --output-dir",
-            )
+            fix = "continue it with --resume, or delete that folder, or name another --output-dir"
+            raise UserError(f"{self.path}: holds an unfinished run", fix)
         else:
-            with atomic_path(self.path) as partial:
-                write_text(
-                    partial / mark.name,
-                    "This run is unfinished. Continue it with --resume, or delete this folder.\n",
-                )
-                write_json(partial / record.name, {"settings": settings, **facts})
+            note = "This run is unfinished. Continue it with --resume, or delete this folder.\n"
+            with files.atomic_path(self.path) as partial:
+                files.write_text(partial / mark.name, note)
+                files.write_json(partial / record.name, {"settings": settings, **facts})
 
     def _refuse_changes(self, record: Any, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Raise a UserError that names what differs from the `record` of the run's start."""
@@ -108,18 +88,15 @@ class RunFolder:
                 if key not in FREE_ON_RESUME and before.get(key) != value
             ]
         if changed:
-            raise UserError(
-                f"{self.output}: cannot resume with changed settings or data"
-                f" ({'; '.join(changed)})",
-                "use the same settings and data, or another --output-dir",
-            )
+            what = f"{self.output}: settings or data have changed ({'; '.join(changed)})"
+            raise UserError(what, "use the same settings and data, or another --output-dir")
 
     def finish(self) -> None:
         """Mark the run as finished, move it to `output`, and remove its checkpoints."""
         (self.path / "UNFINISHED").unlink()
         if self.path != self.output:
-            replace_folder(self.path, self.output)
-        remove(self.output / "checkpoints")
+            files.replace_folder(self.path, self.output)
+        files.remove(self.output / "checkpoints")
 
 
 def _is_finished(run: Path) -> bool:
@@ -128,16 +105,13 @@ def _is_finished(run: Path) -> bool:
 
 def versions() -> dict[str, str | None]:
     """Return what a result was made with: the code's commit, Python, the libraries, the machine."""
-    libraries = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "tokenizers", "numpy")
-    }
+    libraries = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": str(os.cpu_count()),
-        **libraries,
+        **{name: importlib.metadata.version(name) for name in libraries},
     }
 
 

@@ -1,7 +1,5 @@
-"""Reads data sets of the Hub and files of many kinds as rows, for collect_papers.py.
-
-The parsing is done by `datasets` (Hub, CSV, JSON, parquet), `pybtex` (BibTeX) and `pylatexenc`
-(LaTeX).
+"""Reads data sets of the Hub and files of many kinds as rows, for collect_papers.py. `datasets`
+parses CSV, JSON and parquet, `pybtex` BibTeX, and `pylatexenc` LaTeX.
 """
 
 from __future__ import annotations
@@ -35,10 +33,8 @@ def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """Opens one split of a data set as a `datasets.IterableDataset`, from a folder `name` if there
-    is one, else from the Hub.
-
-    If a repository still has a loading script, or does not describe its configs, the Hub's parquet
+    """Opens one split of a data set on the Hub, or in a folder, as a `datasets.IterableDataset`. If
+    a repository still has a loading script, or does not describe its configs, the Hub's parquet
     conversion (revision refs/convert/parquet) is read.
     """
     from datasets import load_dataset
@@ -56,9 +52,8 @@ def open_split(name: str, config: str, split: str) -> Any:
 
 
 def open_file(path: Path, columns: list[str]) -> Any:
-    """Opens a file of one of the FILE_KINDS, gzipped or not, as a `datasets.IterableDataset`.
-
-    The `columns` of a CSV or TSV table are read as text, whatever they look like.
+    """Opens a file of one of the FILE_KINDS, gzipped or not, as a `datasets.IterableDataset`. The
+    `columns` of a CSV or TSV table are read as text, whatever they look like.
     """
     from datasets import IterableDataset, load_dataset
 
@@ -90,11 +85,8 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
-    """Reads the entries of a BibTeX file as rows: the citation key as `id`, and the fields by their
-    lower-case names, as plain text.
-
-    Raises:
-        UserError: an entry cannot be read; the message names the line on which it starts.
+    """Reads the entries of a BibTeX file as rows of plain text: the citation key as `id`, and the
+    fields by their lower-case names. A UserError names the first line of an entry that is broken.
     """
     from pybtex.database.input import bibtex
     from pybtex.utils import CaseInsensitiveDict
@@ -122,9 +114,8 @@ def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
 
 
 def latex_to_text(latex: str) -> str:
-    """Returns LaTeX as plain text: accents and symbols as Unicode, commands as their content.
-
-    Mathematics between dollar signs stays as it is.
+    """Returns LaTeX as plain text: accents and symbols become Unicode, commands their content, and
+    mathematics between dollar signs stays.
     """
     try:
         # An unescaped percent sign would start a comment.
@@ -139,13 +130,10 @@ def _latex_converter() -> Any:
 
     context = latex2text.get_default_latex_context_db()
     # Zotero writes < and > so. \- is a place to hyphenate. pylatexenc fails on \href.
-    macros = {"textless": "<", "textgreater": ">", "-": "", "href": ""}
-    context.add_context_category(
-        "semcse",
-        prepend=True,
-        macros=[latex2text.MacroTextSpec(name, text) for name, text in macros.items()],
-        specials=[latex2text.SpecialsTextSpec("&", "&")],
-    )
+    texts = {"textless": "<", "textgreater": ">", "-": "", "href": ""}
+    macros = [latex2text.MacroTextSpec(name, text) for name, text in texts.items()]
+    specials = [latex2text.SpecialsTextSpec("&", "&")]
+    context.add_context_category("semcse", macros, specials=specials, prepend=True)
     return latex2text.LatexNodes2Text(latex_context=context, math_mode="verbatim")
 
 

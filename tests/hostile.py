@@ -44,7 +44,7 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
 
 
 FIX_BLANK = "fill it, or leave the paper out"
-FIX_TEXT = "make it a string, or leave the key out"
+FIX_TEXT = "make it a string or leave it out"
 # (what the error says, which fix it names) -> name -> raw line
 LINES_BY_ERROR: dict[tuple[str, str], dict[str, bytes]] = {
     ("is not JSON", "write one JSON object per line"): {

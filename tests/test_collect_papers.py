@@ -500,7 +500,6 @@ BAD_INPUTS = [  # (flags, what the error line says); "--output out.jsonl" comes 
     ("--input owner/name --config y", "data set owner/name y train cannot be opened"),
     ("--input owner/name --split dev", "data set owner/name dev cannot be opened"),
     ("--input nobody/nothing", "data set nobody/nothing train cannot be opened"),
-    ("--inptu good.jsonl", "inptu"),
 ]
 
 

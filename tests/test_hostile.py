@@ -16,7 +16,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import make_paper, run_script
+from conftest import ROOT, make_paper, run_script
 from hostile import BAD_LINES, NASTY, Place, jsonl, nasty_papers
 from test_report import Page
 
@@ -34,7 +34,9 @@ SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     "train": lambda path, out: read_training_papers(complete(Settings(train_file=str(path))), []),
     "benchmark": lambda path, out: read_evaluation_papers(str(path)),
     "collect": lambda path, out: collect_papers.CollectedPapers(
-        collect_papers.Command(output=str(out), exclude=(str(path),))
+        collect_papers.Command(
+            output=str(out), input=str(ROOT / "data/sample_test.jsonl"), exclude=(str(path),)
+        )
     ),
     "generate": lambda path, out: generate_texts(
         GenerationFlags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
