@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,13 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        self.loss = partial(
+            contrastive_loss,
+            metric=settings.metric,
+            loss=settings.loss,
+            margin=settings.margin or 0.0,
+            temperature=settings.temperature or 1.0,
+        )
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between processes
@@ -277,7 +285,7 @@ class Trainer:
 
     def run(self, stop: StopSignal) -> None:
         """Train until max_steps, until patience runs out, or until a signal arrives."""
-        settings, throughput = self.settings, Throughput()
+        settings = self.settings
         if self.progress.step == 0:
             self.validate()
         bar = tqdm(
@@ -289,13 +297,12 @@ class Trainer:
         )
         with logging_redirect_tqdm(), bar:
             while self._continues(stop):
-                row = self.train_step(throughput)
+                row = self.train_step()
                 loss, rank = self.progress.loss_ema, self.progress.best_rank
                 bar.set_postfix(loss=f"{loss:.4f}", rank=f"{rank:.3f}", refresh=False)
                 bar.update()
                 if self._is_due(settings.log_every):
-                    self.metrics.append(row | throughput.row())
-                    throughput = Throughput()
+                    self.metrics.append(row | {"peak_memory_mib": peak_memory_mib()})
                 if self._is_due(settings.validate_every):
                     self.validate()
                 if self._is_due(settings.checkpoint_every):
@@ -326,7 +333,7 @@ class Trainer:
         step = self.progress.step
         return step % interval == 0 or step == self.settings.max_steps
 
-    def train_step(self, throughput: Throughput) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """Do one optimizer step and return its row for metrics.jsonl."""
         settings, progress, started = self.settings, self.progress, time.perf_counter()
         pairs = batch_pairs(
@@ -341,7 +348,13 @@ class Trainer:
             self.parameters.values(), settings.clip_norm or math.inf
         ).item()
         loss = batch_loss.loss.item()
-        self._require_finite(loss, gradient_norm)
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise RunError(
+                f"step {progress.step + 1}: the loss ({loss}) or the gradient norm"
+                f" ({gradient_norm}) is not finite",
+                "start again in another --output-dir with a lower --learning-rate or with"
+                f" --precision float32; the checkpoints so far are in {self.checkpoints}",
+            )
         rate = learning_rate(settings, progress.step)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = rate
@@ -351,7 +364,6 @@ class Trainer:
         past = loss if progress.loss_ema is None else progress.loss_ema
         progress.loss_ema = EMA_DECAY * past + (1 - EMA_DECAY) * loss
         seconds = time.perf_counter() - started
-        throughput.add(len(pairs), sum(map(len, token_ids)), seconds)
         return {
             "step": progress.step,
             "loss": loss,
@@ -362,6 +374,8 @@ class Trainer:
             "active_share": batch_loss.active_share,
             "grad_norm": gradient_norm,
             "relative_std": relative_std(vectors),
+            "pairs_per_second": round(len(pairs) / seconds, 2),
+            "tokens_per_second": round(sum(map(len, token_ids)) / seconds, 1),
         }
 
     def backward(self, token_ids: Sequence[list[int]]) -> tuple[BatchLoss, Tensor]:
@@ -392,7 +406,7 @@ class Trainer:
         original = torch.tensor([i for part in parts for i in part], device=device).argsort()
         embedded = torch.cat([first, *(other.requires_grad_() for other in others)])[original]
         vectors = self.group.gather(embedded, total)  # (2n, d)
-        batch_loss = self._loss(vectors[: total // 2], vectors[total // 2 :])
+        batch_loss = self.loss(vectors[: total // 2], vectors[total // 2 :])
         batch_loss.loss.backward()  # type: ignore[no-untyped-call]
         if others:
             set_random_state(device, state)
@@ -402,28 +416,6 @@ class Trainer:
                 again.backward(other.grad)
         self.group.sum_gradients(self.parameters.values())
         return batch_loss, vectors
-
-    def _loss(self, anchors: Tensor, positives: Tensor) -> BatchLoss:
-        settings = self.settings
-        assert settings.margin is not None
-        assert settings.temperature is not None
-        return contrastive_loss(
-            anchors,
-            positives,
-            settings.metric,
-            settings.loss,
-            settings.margin,
-            settings.temperature,
-        )
-
-    def _require_finite(self, loss: float, gradient_norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise RunError(
-                f"step {self.progress.step + 1}: the loss ({loss}) or the gradient norm"
-                f" ({gradient_norm}) is not finite",
-                "start again in another --output-dir with a lower --learning-rate or with"
-                f" --precision float32; the checkpoints so far are in {self.checkpoints}",
-            )
 
     def validate(self) -> None:
         """Compute the mean rank of partner summaries, and keep the weights if it is the best.
@@ -436,7 +428,7 @@ class Trainer:
         metric = self.settings.metric
         first, second = (self.encoder.embed(texts).vectors for texts in self.validation)
         both = torch.cat([ranks(first, second, metric), ranks(second, first, metric)])
-        rank, loss = both.mean().item(), self._loss(first, second).loss.item()
+        rank, loss = both.mean().item(), self.loss(first, second).loss.item()
         better = self.progress.record_validation(rank, loss)
         if better:
             self.best_weights = self._copy_weights()
@@ -572,29 +564,6 @@ def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@dataclass
-class Throughput:
-    """Pairs and tokens trained on since the last row of metrics.jsonl, and the seconds it took."""
-
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, pairs: int, tokens: int, seconds: float) -> None:
-        """Count one training step."""
-        self.pairs += pairs
-        self.tokens += tokens
-        self.seconds += seconds
-
-    def row(self) -> dict[str, float]:
-        """The rates and the peak memory, as metrics.jsonl records them."""
-        return {
-            "pairs_per_second": round(self.pairs / self.seconds, 2),
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
-            "peak_memory_mib": peak_memory_mib(),
-        }
 
 
 def peak_memory_mib() -> float:

@@ -32,7 +32,7 @@ from semcse.distributed import SINGLE_PROCESS
 from semcse.model_folder import find_model
 from semcse.papers import Paper
 from settings import Settings, complete
-from train_embedding_model import Throughput, Trainer
+from train_embedding_model import Trainer
 
 SHORTEST, LONGEST = 20, 60  # tokens of a summary
 
@@ -69,7 +69,7 @@ def ours(
         found = []
         for _ in range(count):
             started = time.perf_counter()
-            trainer.train_step(Throughput())
+            trainer.train_step()
             found.append(time.perf_counter() - started)
         return found
 

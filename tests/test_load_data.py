@@ -21,7 +21,6 @@ from load_data import batch_pairs, split_validation, steps_per_epoch, trainable
 from semantic_benchmark import halves
 from semcse.errors import UserError
 from semcse.papers import Paper, read_papers
-from settings import PROFILES
 
 
 def wide(text: str) -> str:
@@ -29,20 +28,6 @@ def wide(text: str) -> str:
     return "".join(
         chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else character for character in text
     )
-
-
-@pytest.mark.parametrize("key", ["train_file", "eval_file"])
-def test_a_missing_file_of_the_paper_profile_is_an_error_that_names_the_commands_which_make_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = PROFILES["paper"][key]
-    with pytest.raises(UserError) as caught:
-        list(read_papers(path))
-    assert str(caught.value).startswith(f"{path}: no such file; ")
-    scripts = ("collect_papers.py", "generate_search_queries.py", "generate_train_summaries.py")
-    assert all(f"python {script}" in str(caught.value) for script in scripts)
-    assert "\n" not in str(caught.value)
 
 
 # The validation split

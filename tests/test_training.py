@@ -218,7 +218,7 @@ def test_batch_smaller_than_batch_size(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer papers than batch_size make one whole batch of all; the rates are pairs and real tokens
-    over the clock's seconds since the last row.
+    over the seconds of the step.
     """
     clock = iter(range(0, 10_000, 2))
     # every look at the clock is two seconds later
@@ -241,9 +241,8 @@ def test_batch_smaller_than_batch_size(
     steps, _ = rows_of(tmp_path)
     assert [row["step"] for row in steps] == [2, 4]
     tokens = 2 * sum(n + 3 for n in range(1, 6))  # both texts of paper n: [CLS], n + 1 words, [SEP]
-    # Two steps of two seconds each between two rows.
-    assert [row["pairs_per_second"] for row in steps] == [2 * 5 / 4] * 2
-    assert [row["tokens_per_second"] for row in steps] == [2 * tokens / 4] * 2
+    assert [row["pairs_per_second"] for row in steps] == [5 / 2] * 2
+    assert [row["tokens_per_second"] for row in steps] == [tokens / 2] * 2
 
 
 def test_summaries_longer_than_the_model_allows_are_cut(tiny_bert: Path, tmp_path: Path) -> None:
