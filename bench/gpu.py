@@ -53,7 +53,8 @@ def training_step(
         with torch.autocast(encoder.device.type, torch.bfloat16):
             vectors = forward(ids)
         anchors, positives = vectors.float().split(len(ids) // 2)
-        contrastive_loss(anchors, positives, "cosine", "infonce", 0.1, 0.05).loss.backward()  # type: ignore[no-untyped-call]
+        loss: Any = contrastive_loss(anchors, positives, "cosine", "infonce", 0.1, 0.05).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

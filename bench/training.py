@@ -142,7 +142,8 @@ def agreement(folder: str | Path) -> str:
     size = torch.stack([g.norm() for g in plain]).norm()
     worst = max(float((a - b).norm() / size) for a, b in zip(ours_, plain, strict=True))
     return (
-        f"float32 loss within {abs(our_loss - plain_loss) / abs(plain_loss):.0e}, gradients within {worst:.0e} of"
+        f"float32 loss within {abs(our_loss - plain_loss) / abs(plain_loss):.0e},"
+        f" gradients within {worst:.0e} of"
         " the whole gradient"
     )
 

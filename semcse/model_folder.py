@@ -264,8 +264,8 @@ def _with_nfkc(tokenizer: Any) -> Any:
 def save_model(encoder: Encoder, folder: Path, base: str) -> None:
     """Write a folder that AutoModel, SentenceTransformer and `load_model` open.
 
-    The folder is replaced as a whole: if the write fails, nothing changes. `base` is the name of the
-    encoder that training started from, for `semcse.json`.
+    The folder is replaced as a whole: if the write fails, nothing changes. `semcse.json` names
+    `base`, the encoder that training started from.
     """
     usage, model = encoder.usage, cast(Any, encoder.model)
     adapted = any(isinstance(module, AdaptedNorm) for module in model.modules())

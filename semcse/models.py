@@ -91,7 +91,7 @@ def find_recipe(name: str) -> Recipe | None:
 
 
 def title_separator(name: str, tokenizer: Any) -> str:
-    """Return what joins a title and an abstract: a space, as in MTEB, if no recipe says otherwise."""
+    """Return what joins title and abstract: a space, as in MTEB, if no recipe says otherwise."""
     recipe = find_recipe(name)
     return str(tokenizer.sep_token) if recipe and recipe.title_first else " "
 
@@ -166,7 +166,7 @@ def load_model(
     Args:
         name: a recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
             such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
-        pooling, metric, max_length: what to use instead of the model's own values, as in `usage_of`.
+        pooling, metric, max_length: what to use instead of the model's own values (`usage_of`).
         default: how to use a model about which nothing is known.
         device: "auto" takes a GPU where there is one.
         trust_remote_code: allow the model to run the Python code that it brings.

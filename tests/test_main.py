@@ -1,4 +1,4 @@
-"""The experiment as a user runs it: main.py in this process and as a real process that is killed."""
+"""main.py as a user runs it: in this process, and as a real process that is killed."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ import dataclasses, json, sys
 sys.path[:0] = sys.argv[1:3]
 import settings
 commands = [[], ["--profile", "paper"], ["--metric", "euclidean"]]
-print(json.dumps([settings.__file__] + [dataclasses.asdict(settings.parse_settings(words)) for words in commands]))
+found = [dataclasses.asdict(settings.parse_settings(words)) for words in commands]
+print(json.dumps([settings.__file__, *found]))
 """
     done = run_script("-c", code, tmp_path, ROOT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

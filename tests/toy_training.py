@@ -1,4 +1,4 @@
-"""Papers that can be learned, short settings, and ways to interrupt a run, for tests of training."""
+"""For tests of training: papers to learn from, short settings, and ways to interrupt a run."""
 
 from __future__ import annotations
 
