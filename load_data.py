@@ -148,13 +148,13 @@ def batch_pairs(
     if len(chosen) == 1:  # the batch holds visits of one paper only, and a pair needs a negative
         chosen += [other for other in order.tolist() if other != chosen[0]][:1]
     draw = np.random.default_rng([seed, epoch, batch + 1])
-    return [_draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
+    return [draw_pair(papers[i].summaries, draw, joined_share) for i in chosen]
 
 
-def _draw_pair(
-    summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float
+def draw_pair(
+    summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float = 0.0
 ) -> tuple[str, str]:
-    """Draw two different summaries of one paper, or one and all the others joined."""
+    """Draw two different summaries, or for `joined_share` one and all the others joined."""
     anchor, positive = draw.choice(len(summaries), size=2, replace=False)
     if joined_share and draw.random() < joined_share:
         others = [i for i in draw.permutation(len(summaries)) if i != anchor]

@@ -36,7 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from load_data import batch_pairs, steps_per_epoch
+from load_data import batch_pairs, draw_pair, steps_per_epoch
 from semcse import checkpoints
 from semcse.command_line import StopSignal
 from semcse.distances import distances, ranks
@@ -72,9 +72,6 @@ def triplet_loss(to_positive: Tensor, to_negatives: Tensor, margin: float) -> Te
         to_positive: (m,) distance of each anchor to its positive.
         to_negatives: (m, k) distances of each anchor to its k negatives.
         margin: Smallest difference without loss, in units of the distance.
-
-    Returns:
-        Scalar.
     """
     return functional.relu(to_positive[:, None] - to_negatives + margin).mean()
 
@@ -87,15 +84,8 @@ def info_nce_loss(to_positive: Tensor, to_negatives: Tensor, temperature: float)
         -log( exp(-d(a, p) / t) / (exp(-d(a, p) / t) + sum over n of exp(-d(a, n) / t)) )
 
     and the result is its mean over all anchors. With the cosine distance 1 - cos this is the usual
-    InfoNCE on cosine similarities, because the constant 1 cancels.
-
-    Args:
-        to_positive: (m,) distance of each anchor to its positive.
-        to_negatives: (m, k) distances of each anchor to its k negatives.
-        temperature: The t above, in units of the distance.
-
-    Returns:
-        Scalar.
+    InfoNCE on cosine similarities, because the constant 1 cancels. The arguments are those of
+    `triplet_loss`, with the temperature t in units of the distance.
     """
     logits = torch.cat([to_positive[:, None], to_negatives], dim=1) / -temperature
     positive_column = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -132,8 +122,6 @@ def contrastive_loss(
         positives: (n, d) vectors; row i belongs to the same paper as row i of `anchors`.
         metric: The distance.
         loss: "triplet", which uses `margin`, or "infonce", which uses `temperature`.
-        margin: See `triplet_loss`.
-        temperature: See `info_nce_loss`.
     """
     n = len(anchors)
     texts = torch.cat([anchors, positives])
@@ -159,12 +147,9 @@ def contrastive_loss(
 def relative_std(vectors: Tensor) -> float:
     """Measure whether embeddings have collapsed to one point.
 
-    Args:
-        vectors: (n, d) embeddings.
-
     Returns:
-        Root mean squared distance to the mean vector, divided by the root mean squared length: in
-        [0, 1], near 0 for a collapsed encoder.
+        Root mean squared distance of the (n, d) vectors to their mean, divided by their root mean
+        squared length: in [0, 1], near 0 for a collapsed encoder.
     """
     vectors = vectors.detach().float()
     variance = (vectors - vectors.mean(dim=0)).square().sum(dim=1).mean()
@@ -210,8 +195,8 @@ def train(
 
     Args:
         encoder: The model to train, used as its `usage` says.
-        papers: Training papers with at least two summaries each.
-        held_out: Validation papers with at least two summaries each.
+        papers: Training papers, with at least two summaries each.
+        held_out: Validation papers, likewise.
         settings: Complete settings (see `settings.complete`).
         folder: The run folder, for metrics.jsonl and checkpoints/. An unfinished run in it is
             continued.
@@ -256,7 +241,8 @@ class Trainer:
         self.checkpoints, self.journal = folder / "checkpoints", folder / "metrics.jsonl"
         self.metrics: Any = []  # the open journal of rank 0
         self.progress = Progress()
-        self.validation = draw_validation_pairs(held_out, settings.seed)
+        draw = np.random.default_rng([settings.seed, len(held_out)])
+        self.validation = [draw_pair(paper.summaries, draw) for paper in held_out]
         self.parameters = dict(encoder.model.named_parameters())
         self.start_weights = self._copy_weights() if settings.start_share else {}
         self.best_weights: dict[str, Tensor] = {}  # of the best validation, on the CPU
@@ -426,7 +412,8 @@ class Trainer:
         if self.group.rank > 0:
             return
         metric = self.settings.metric
-        first, second = (self.encoder.embed(texts).vectors for texts in self.validation)
+        sides = zip(*self.validation, strict=True)
+        first, second = (self.encoder.embed(texts).vectors for texts in sides)
         both = torch.cat([ranks(first, second, metric), ranks(second, first, metric)])
         rank, loss = both.mean().item(), self.loss(first, second).loss.item()
         better = self.progress.record_validation(rank, loss)
@@ -525,21 +512,6 @@ class Trainer:
         kinds = random_state(device)
         set_random_state(device, {kind: tensors[f"random/{kind}/{rank}"] for kind in kinds})
         self.progress = Progress(**progress)
-
-
-def draw_validation_pairs(held_out: list[Paper], seed: int) -> tuple[list[str], list[str]]:
-    """Draw two different summaries of each held-out paper.
-
-    Returns:
-        The first and the second summaries; those at the same place belong to the same paper.
-    """
-    draw = np.random.default_rng([seed, len(held_out)])
-    first, second = [], []
-    for paper in held_out:
-        i, j = draw.choice(len(paper.summaries), size=2, replace=False)
-        first.append(paper.summaries[i])
-        second.append(paper.summaries[j])
-    return first, second
 
 
 def learning_rate(settings: Settings, step: int) -> float:
