@@ -46,13 +46,8 @@ class ProcessGroup:
         return texts[self.rank :: self.size] or texts[:1]
 
     def gather(self, vectors: Tensor, total: int) -> Tensor:
-        """Gather the vectors of all `total` texts.
-
-        Args:
-            vectors: (m, d) vectors of this process's share of the texts.
-
-        Returns:
-            (total, d) vectors in the order of the texts. Gradients flow to `vectors` only.
+        """Gather the vectors (m, d) of each process's share of the texts. Return the vectors
+        (total, d) of all texts, in their order; gradients flow to this process's `vectors` only.
         """
         if self.size == 1:
             return vectors
@@ -109,13 +104,8 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def join(device: str) -> ProcessGroup:
-    """Join the processes that torchrun or accelerate started together with this one.
-
-    Args:
-        device: "auto", "cpu" or "cuda", as in the settings.
-
-    Returns:
-        The group, or SINGLE_PROCESS if the environment variable WORLD_SIZE is unset or 1.
+    """Join the processes that torchrun or accelerate started together with this one, on the
+    `device` of the settings. Without such a launcher, return SINGLE_PROCESS.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
