@@ -126,14 +126,8 @@ def load_encoder(command: Command, folder: Path, text: str) -> tuple[Any, dict[s
     from semcse.encoder import uses_bf16
     from semcse.models import load_model, title_separator
 
-    encoder = load_model(
-        command.model,
-        command.pooling,
-        command.metric,
-        command.max_length,
-        device=command.device,
-        trust_remote_code=command.trust_remote_code,
-    )
+    options = ("pooling", "metric", "max_length", "device", "trust_remote_code")
+    encoder = load_model(command.model, **{key: getattr(command, key) for key in options})
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
     # Tells models apart; its nine digits do not depend on how a machine rounds the sum.
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())
@@ -170,8 +164,8 @@ def embed(command: Command, folder: Path) -> None:
             rows = [[one.id, one.title, text] for one, text in zip(papers, texts, strict=True)]
             digest.update(json.dumps(rows).encode())
             count["rows"] += len(papers)
-            path = folder / f"{number:08}.npz"
             if number % share.step == share.start:
+                path = folder / f"{number:08}.npz"
                 chunk = embed_chunk(path, encoder, papers, texts, digest.hexdigest())
                 count["cut"] += int(chunk["cut"])
                 count["seconds"] += float(chunk["seconds"])

@@ -61,14 +61,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Read the newest checkpoint that is not damaged; None if there is none."""
-    found = sorted(folder.glob(PATTERN), reverse=True)
-    for path in found:
+    for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
             return read(path)
         except RunError as error:
-            log.warning("%s; the checkpoint before it is used", error.what)
-    if found:
-        log.warning("%s: every checkpoint is damaged; training starts over", folder)
+            log.warning("%s; using the checkpoint before it, or else starting over", error.what)
     return None
 
 

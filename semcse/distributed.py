@@ -114,16 +114,15 @@ def join(device: str) -> ProcessGroup:
         what = "WORLD_SIZE is set without RANK and LOCAL_RANK"
         raise UserError(what, "start with torchrun or accelerate launch, or unset WORLD_SIZE")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        what = f"this machine has only {torch.cuda.device_count()} GPUs"
-        raise UserError(what, "start one process for each GPU")
-    if cuda:
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        if local_rank >= gpus:
+            raise UserError(f"this machine has only {gpus} GPUs", "start one process for each GPU")
         torch.cuda.set_device(local_rank)
         # With this, the death of a process raises an error in the others instead of aborting them.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     logging.getLogger().setLevel(logging.WARNING if rank else logging.INFO)
     with ProcessGroup(rank, size)._lost_contact_named():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_TIMEOUT)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return ProcessGroup(rank, size, control)
