@@ -97,7 +97,7 @@ def describe_run(
         "processes": group.size,
     }
     if any(others != inputs for others in group.all_gather_object(inputs)):
-        what = f"process {group.rank} and another one read other data or encoders ({inputs})"
+        what = f"the processes read different data or encoders ({group.rank}: {inputs})"
         raise UserError(what, "give every machine the same files")
     return {
         "versions": run_folder.versions(),

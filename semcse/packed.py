@@ -112,8 +112,7 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Pac
 def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Split tokenized texts into batches: lists of indices into `ids`, longest texts first.
 
-    The texts of a batch, each padded to the longest of them, have at most `max_tokens` tokens. A
-    longer text is a batch alone.
+    A batch has at most `max_tokens` tokens, padding included, or it is a single text.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
@@ -125,7 +124,7 @@ def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[
 
 
 def hidden_states(model: Any, batch: PackedBatch) -> list[Tensor]:
-    """Return the last hidden states (texts, length, d) of each group; `supports(model)` is true."""
+    """Return the last hidden states, (texts, length, d) for each group. `supports` must be true."""
     hidden = model.embeddings(
         input_ids=batch.ids[None], position_ids=batch.positions[None] + first_position(model)
     )[0]  # (total, d)
