@@ -4,10 +4,10 @@ each, for search, maps and statistics.
     python embed_papers.py --model runs/quickstart-euclidean/model --input papers.jsonl.gz \
         --output vectors.npy
 
-The script saves each chunk of texts as one file in the folder OUTPUT.parts. The same command
-continues an interrupted run and gives the same bytes (on a CPU with as many threads). At the end
-the folder becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy,
-OUTPUT.ids.jsonl (id and title of each row). Memory holds one chunk and the ids of the papers.
+The script saves each chunk of texts in the folder OUTPUT.parts, so the same command continues an
+interrupted run and gives the same bytes (on a CPU with as many threads). At the end the folder
+becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy, OUTPUT.ids.jsonl (id and
+title of each row). Memory holds one chunk and the ids of the papers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -49,38 +48,26 @@ class Command:
     pooling: Pooling | None = None  # overrides the model's pooling
     metric: Metric | None = None  # overrides the model's metric
     max_length: int | None = None  # overrides the model's maximum number of tokens
-    # 2/8: embed only the second of eight shares and leave it in OUTPUT.parts; shares may run in
-    # parallel or on several machines
+    # 2/8: embed only the second of eight shares, into OUTPUT.parts; shares may run in parallel
     shard: str = "1/1"
     merge: int = 0  # 8: combine eight shares in OUTPUT.parts to the output of a single run
     chunk: int = 4096  # texts that are held in memory and saved together
     skip_invalid: bool = False  # log and skip bad lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
-    # bf16: faster if the hardware supports it, cosine to float32 above 0.999; auto: bf16 if so
-    precision: Precision = "float32"
+    precision: Precision = "float32"  # auto: bf16 if the hardware is fast at it (cosine > 0.999)
 
 
 def checked(command: Command) -> Command:
-    """Returns the command with its format filled in.
-
-    Raises:
-        UserError: the flags cannot work together. No file has been read by then.
-    """
-    is_text = command.input.removesuffix(".gz").endswith(".txt")
-    command = dataclasses.replace(
-        command, format=command.format or ("lines" if is_text else "papers")
-    )
+    """Returns the command with its format filled in, after checking that its flags fit together."""
+    kind = command.format or ("lines" if command.input.endswith((".txt", ".txt.gz")) else "papers")
+    command = dataclasses.replace(command, format=kind)
     if not command.output.endswith((".npy", ".parquet")):
-        raise UserError(
-            f"--output {command.output or 'is missing'}", "give a file name *.npy or *.parquet"
-        )
+        raise UserError(f"--output {command.output}: unknown format", "name it *.npy or *.parquet")
     whole = shard_slice(command.shard).step == 1
     if not (whole if command.merge else command.model and command.input):
-        raise UserError(
-            "--model or --input is missing, or --shard is given together with --merge",
-            "give --model and --input, or --merge after all shares are embedded",
-        )
+        what = "--model or --input is missing, or --shard is given together with --merge"
+        raise UserError(what, "give --model and --input, or --merge after all shares are embedded")
     max_length = 3 if command.max_length is None else command.max_length
     if command.merge < 0 or command.chunk < 1 or max_length < 3:
         raise UserError("--merge, --chunk or --max-length is too small", "give at least 1, 1 and 3")
@@ -90,10 +77,8 @@ def checked(command: Command) -> Command:
 
 
 def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
-    """The input, one chunk at a time; `keys` are the texts that each paper must have.
-
-    A line of text becomes a paper: its line number is the id, its first 100 characters are the
-    title, and all of it is the abstract.
+    """Yields the papers, which must have the `keys`, one chunk at a time. A line of text becomes a
+    paper: its number is the id, its first 100 characters the title, and all of it the abstract.
     """
     papers = read_papers(command.input, keys, command.skip_invalid)
     if command.format == "lines":
@@ -105,92 +90,71 @@ def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
 
 def load_chunk(path: Path) -> dict[str, Any]:
     """Reads a saved chunk: "vectors" (n, d) float32, "ids" (n JSON lines as bytes), "cut" (number
-    of truncated texts), "seconds" and "digest".
-
-    Raises:
-        UserError: the file is missing or damaged.
+    of truncated texts), "seconds" and "digest" (of the settings and the input up to its end).
     """
     try:
         with np.load(path) as saved:
             return dict(saved)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error})", "delete it and run the same command again"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error})", "delete it and run again") from None
 
 
-def save_chunk(
+def embed_chunk(
     path: Path, encoder: Any, papers: list[Paper], texts: list[str], digest: str
-) -> None:
-    """Embeds the texts of a chunk and saves them (see `load_chunk`)."""
-    started = time.monotonic()
-    found = encoder.embed(texts, encoder.usage.document_prompt)
-    seconds = time.monotonic() - started
-    rows = [{"id": paper.id, "title": paper.title} for paper in papers]
-    ids = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with files.atomic_path(path) as partial, partial.open("wb") as handle:
-        np.savez(
-            handle,
-            vectors=found.vectors.numpy().astype("<f4"),
-            ids=np.frombuffer(ids, np.uint8),
-            cut=found.cut,
-            seconds=seconds,
-            digest=digest,
-        )
+) -> dict[str, Any]:
+    """Returns the chunk saved at `path`; embeds and saves it first if it is not there."""
+    if not path.exists():
+        started = time.monotonic()
+        found = encoder.embed(texts, encoder.usage.document_prompt)
+        seconds = time.monotonic() - started
+        rows = [{"id": paper.id, "title": paper.title} for paper in papers]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        chunk = {"vectors": found.vectors.numpy(), "ids": np.frombuffer(lines.encode(), np.uint8)}
+        with files.atomic_path(path) as partial, partial.open("wb") as handle:
+            np.savez(handle, **chunk, cut=found.cut, seconds=seconds, digest=digest)
+    chunk = load_chunk(path)
+    if str(chunk["digest"]) != digest:
+        what = f"{path.parent}: was begun with another input"
+        raise UserError(what, "give the same input, or delete that folder to start over")
+    return chunk
 
 
-def load_encoder(command: Command, text: str) -> tuple[Any, dict[str, Any]]:
-    """Loads the model and lists everything besides the input that decides what the vectors are."""
+def load_encoder(command: Command, folder: Path, text: str) -> tuple[Any, dict[str, Any]]:
+    """Loads the model and lists all settings that decide what the vectors are. The list is saved in
+    `folder`, and must equal the one that an interrupted run saved there.
+    """
     from semcse.encoder import uses_bf16
     from semcse.models import load_model, title_separator
 
-    encoder = load_model(
-        command.model,
-        command.pooling,
-        command.metric,
-        command.max_length,
-        device=command.device,
-        trust_remote_code=command.trust_remote_code,
-    )
+    options = ("pooling", "metric", "max_length", "device", "trust_remote_code")
+    encoder = load_model(command.model, **{key: getattr(command, key) for key in options})
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
     # Tells models apart; its nine digits do not depend on how a machine rounds the sum.
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())
     separator = title_separator(command.model, encoder.tokenizer) if "_" in text else ""
-    return encoder, dataclasses.asdict(encoder.usage) | {
-        "text": text,
-        "separator": separator,
-        "chunk": command.chunk,
-        "bf16": encoder.bf16,
-        "weights": f"{weights:.9g}",
-    }
+    made = dataclasses.asdict(encoder.usage)
+    made |= {"text": text, "separator": separator, "chunk": command.chunk}
+    made |= {"bf16": encoder.bf16, "weights": f"{weights:.9g}"}
+    record = folder / "made.json"
+    if record.exists() and (before := files.read_json(record)) != made:
+        what = f"{folder}: was begun with other settings ({dict(before.items() - made.items())})"
+        raise UserError(what, "give the same command, or delete that folder to start over")
+    files.write_json(record, made)
+    return encoder, made
 
 
 def embed(command: Command, folder: Path) -> None:
-    """Embeds every chunk of this share that is not in `folder` yet.
-
-    Raises:
-        UserError: `folder` holds chunks of another input or of other settings.
-    """
+    """Embeds every chunk of this share that is not in `folder` yet."""
     from semcse.models import find_recipe
 
-    part, parts = map(int, command.shard.split("/"))
-    joined = command.format == "papers" and getattr(
-        find_recipe(command.model), "title_first", False
-    )
+    title_first = getattr(find_recipe(command.model), "title_first", False)
+    joined = title_first and command.format == "papers"
     text = command.text or ("title_abstract" if joined else "abstract")
     chunks = read_chunks(command, keys := text.split("_"))
     chunks = itertools.chain([next(chunks)], chunks)  # finds a bad input before loading a model
-    encoder, made = load_encoder(command, text)
-    record = folder / "made.json"
-    if record.exists() and (before := files.read_json(record)) != made:
-        raise UserError(
-            f"{folder}: was begun with other settings ({dict(before.items() - made.items())})",
-            "give the same command, or delete that folder to start over",
-        )
-    files.write_json(record, made)
-    logging.info("embedding with %s: %s", command.model, made)
-    is_file = Path(command.input).is_file()
-    total = sum(1 for _ in raw_lines(command.input)) // parts if is_file else None
+    encoder, made = load_encoder(command, folder, text)
+    share, is_file = shard_slice(command.shard), Path(command.input).is_file()
+    total = sum(1 for _ in raw_lines(command.input)) // share.step if is_file else None
     # The digest of a chunk covers the settings and the input up to the end of the chunk.
     digest = hashlib.blake2b(json.dumps(made).encode(), digest_size=16)
     count = {"rows": 0, "cut": 0, "seconds": 0.0}
@@ -200,45 +164,29 @@ def embed(command: Command, folder: Path) -> None:
             rows = [[one.id, one.title, text] for one, text in zip(papers, texts, strict=True)]
             digest.update(json.dumps(rows).encode())
             count["rows"] += len(papers)
-            if number % parts != part - 1:
-                continue
-            path = folder / f"{number:08}.npz"
-            if not path.exists():
-                save_chunk(path, encoder, papers, texts, digest.hexdigest())
-            chunk = load_chunk(path)
-            if str(chunk["digest"]) != digest.hexdigest():
-                raise UserError(
-                    f"{folder}: was begun with another input",
-                    "give the same input, or delete that folder to start over",
-                )
-            count["cut"] += int(chunk["cut"])
-            count["seconds"] += float(chunk["seconds"])
-            bar.update(len(papers))
+            if number % share.step == share.start:
+                path = folder / f"{number:08}.npz"
+                chunk = embed_chunk(path, encoder, papers, texts, digest.hexdigest())
+                count["cut"] += int(chunk["cut"])
+                count["seconds"] += float(chunk["seconds"])
+                bar.update(len(papers))
     facts = {"model": command.model, "input": digest.hexdigest()} | made | count
-    files.write_json(folder / f"share-{part}-of-{parts}.json", facts)
+    files.write_json(folder / f"share-{command.shard.replace('/', '-of-')}.json", facts)
 
 
 def finish(output: Path, folder: Path, parts: int) -> None:
-    """Combines the chunks in `folder` to OUTPUT and its companion files, and deletes the folder.
-
-    Raises:
-        UserError: shares are missing or do not belong together.
-    """
+    """Combines the chunks in `folder` to OUTPUT and its companion files, and deletes the folder."""
     shares = [folder / f"share-{part}-of-{parts}.json" for part in range(1, parts + 1)]
     if missing := [str(part) for part, share in enumerate(shares, 1) if not share.exists()]:
-        raise UserError(
-            f"{folder}: lacks share {', '.join(missing)} of {parts}",
-            f"run --shard {missing[0]}/{parts}, or copy its files into that folder",
-        )
+        what = f"{folder}: lacks share {', '.join(missing)} of {parts}"
+        raise UserError(what, f"run --shard {missing[0]}/{parts}, or copy its files there")
     facts = [files.read_json(share) for share in shares]
     for share, fact in zip(shares, facts, strict=True):
         if fact["input"] != facts[0]["input"]:
-            raise UserError(
-                f"{share}: had other settings or another input than share 1",
-                "embed it again with the same command",
-            )
-    rows, cut = facts[0]["rows"], sum(fact["cut"] for fact in facts)
-    seconds = sum(fact["seconds"] for fact in facts)
+            what = f"{share}: had other settings or another input than share 1"
+            raise UserError(what, "embed it again with the same command")
+    rows = facts[0]["rows"]
+    cut, seconds = (sum(fact[key] for fact in facts) for key in ("cut", "seconds"))
     paths = [folder / f"{number:08}.npz" for number in range(-(-rows // facts[0]["chunk"]))]
     d = load_chunk(paths[0])["vectors"].shape[1]
     write = write_parquet if output.suffix == ".parquet" else write_npy
@@ -248,8 +196,8 @@ def finish(output: Path, folder: Path, parts: int) -> None:
     about = facts[0] | counts | {"versions": run_folder.versions()}
     files.write_json(Path(f"{output}.json"), about)
     if write is write_npy:
-        os.replace(folder / "ids", f"{output}.ids.jsonl")
-    os.replace(folder / "vectors", output)
+        (folder / "ids").replace(f"{output}.ids.jsonl")
+    (folder / "vectors").replace(output)
     shutil.rmtree(folder)
     logging.info("%s: %d rows, %.1f%% of the texts truncated", output, rows, 100 * cut / rows)
 
@@ -281,8 +229,7 @@ def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: 
         pq.ParquetWriter(partial, schema) as writer,
     ):
         for chunk in chunks:
-            lines = chunk["ids"].tobytes().splitlines()
-            papers = map(json.loads, lines)
+            papers = map(json.loads, chunk["ids"].tobytes().splitlines())
             table = [one | {"vector": v} for one, v in zip(papers, chunk["vectors"], strict=True)]
             writer.write_table(pa.Table.from_pylist(table, schema=schema))
 

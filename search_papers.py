@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,73 +46,54 @@ class Command:
 
 
 def read_vectors(path: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Reads an output of embed_papers.py.
-
-    Returns:
-        (n, d) float32 numpy array of vectors, memory-mapped if the file is .npy; pyarrow table with
-        the columns "id" and "title", in the same order; content of VECTORS.json.
-
-    Raises:
-        UserError: a file is missing or damaged, or the files do not belong together.
+    """Reads an output of embed_papers.py: the vectors, an (n, d) float32 numpy array; a pyarrow
+    table of their ids and titles, in the same order; and the content of VECTORS.json.
     """
-    import numpy as np
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.json  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
     about = files.read_json(Path(f"{path}.json"))
     try:
-        if path.suffix == ".parquet":
-            papers = pa.parquet.read_table(path, columns=["id", "title", "vector"])
-            flat = papers["vector"].combine_chunks().flatten()
-            vectors = flat.to_numpy(zero_copy_only=False, writable=True).reshape(len(papers), -1)
-        else:
-            vectors = np.load(path, mmap_mode="c")  # copy on write: torch wants writable memory
-            # Without a schema, pyarrow would turn titles that look like dates into dates.
-            schema = pa.schema([("id", pa.string()), ("title", pa.string())])
-            papers = pa.json.read_json(
-                f"{path}.ids.jsonl",
-                pa.json.ReadOptions(block_size=2**25),
-                pa.json.ParseOptions(explicit_schema=schema),
-            )
+        vectors, papers = read_parquet(path) if path.suffix == ".parquet" else read_npy(path)
     except (OSError, ValueError, EOFError) as error:  # pyarrow's errors are subclasses of these
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: cannot be read ({reason})", "give a file that embed_papers.py wrote"
-        ) from None
-    if not (
-        isinstance(about, dict)
-        and about.keys() >= KEYS
-        and vectors.shape == (about["rows"], about["dimension"])
-        and vectors.dtype == np.float32
-        and len(papers) == len(vectors)
-    ):
-        raise UserError(
-            f"{path}: does not belong to its companion files (vectors {vectors.shape},"
-            f" {len(papers)} ids)",
-            "embed the papers again, or bring the right files together",
-        )
+        what = f"{path}: cannot be read ({str(error)[:200]})"
+        raise UserError(what, "give a file that embed_papers.py wrote") from None
+    shape = (about["rows"], about["dimension"]) if about.keys() >= KEYS else None
+    if vectors.shape != shape or len(papers) != len(vectors):
+        what = f"{path}: does not belong to its companion files (its shape is {vectors.shape})"
+        raise UserError(what, "embed the papers again, or bring the right files together")
     return vectors, papers, about
 
 
-def embed_queries(texts: list[str], about: dict[str, Any], command: Command) -> Any:
-    """Embeds texts in the query role: (len(texts), d) float32.
+def read_parquet(path: Path) -> tuple[Any, Any]:
+    """Reads the vectors, (n, d), and the table of ids and titles."""
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
-    Raises:
-        UserError: the model cannot be loaded, or it is not the one that made the vectors.
-    """
+    papers = parquet.read_table(path, columns=["id", "title", "vector"])
+    flat = papers["vector"].combine_chunks().flatten()
+    return flat.to_numpy(zero_copy_only=False, writable=True).reshape(len(papers), -1), papers
+
+
+def read_npy(path: Path) -> tuple[Any, Any]:
+    """Maps the vectors, (n, d), and reads the table of ids and titles."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import json as pa_json
+
+    # Without a schema, pyarrow would turn titles that look like dates into dates.
+    schema = pa.schema([("id", pa.string()), ("title", pa.string())])
+    options = pa_json.ReadOptions(block_size=2**25), pa_json.ParseOptions(schema)
+    papers = pa_json.read_json(f"{path}.ids.jsonl", *options)
+    return np.load(path, mmap_mode="c"), papers  # copy on write: torch wants writable memory
+
+
+def embed_queries(texts: list[str], about: dict[str, Any], command: Command) -> Any:
+    """Embeds texts in the query role, by the model that made the vectors: (len(texts), d)."""
     from semcse.models import load_model
 
     name = command.model or about["model"]
     fix = f"give by --model the place of the model that made {command.vectors}"
+    usage = {key: about[key] for key in ("pooling", "metric", "max_length")}
     try:
         encoder = load_model(
-            name,
-            about["pooling"],
-            about["metric"],
-            about["max_length"],
-            device=command.device,
-            trust_remote_code=command.trust_remote_code,
+            name, **usage, device=command.device, trust_remote_code=command.trust_remote_code
         )
     except UserError as error:
         raise UserError(str(error), f"or {fix}") from None
@@ -129,53 +109,49 @@ def format_hits(query: str, hits: list[dict[str, Any]], as_json: bool) -> Iterat
         yield f"{printable(query)[:TITLE_WIDTH]}\n rank  distance  {'id':<20}  title\n"
     for rank, hit in enumerate(hits, 1):
         if as_json:
-            row = {"query": query, "rank": rank} | hit
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+            yield json.dumps({"query": query, "rank": rank} | hit, ensure_ascii=False) + "\n"
         else:
             title = printable(hit["title"])[:TITLE_WIDTH]
             yield f"{rank:5}  {hit['distance']:8.4f}  {printable(hit['id']):<20}  {title}\n"
 
 
-def main() -> None:
-    """Parses the command line, embeds the queries, searches and prints."""
-    command = command_line.parse_command_line(Command, None, Command())
-    if not command.vectors or command.k < 1 or not (command.query or command.queries or command.id):
-        raise UserError(
-            "--vectors, a query, or a --k of 1 or more is missing",
-            "give --vectors FILE and --query TEXT, --queries FILE or --id ID",
-        )
-    command_line.log_to_stderr()
-    stored, papers, about = read_vectors(Path(command.vectors))
-    row_of = {one: row for row, one in enumerate(papers["id"].to_pylist())} if command.id else {}
-    if missing := [one for one in command.id if one not in row_of]:
-        raise UserError(
-            f"--id {missing[0]}: no such paper in {command.vectors}", "give the id of a paper in it"
-        )
-    rows = [row_of[one] for one in command.id]
-    texts = list(command.query)
-    if command.queries:
-        texts += [text for _, text in text_lines(command.queries)]
+def search(command: Command) -> None:
+    """Embeds the queries, finds their neighbors and prints them."""
     import torch
 
     from semcse.distances import nearest
 
+    stored, papers, about = read_vectors(Path(command.vectors))
+    rows = [papers["id"].index(one).as_py() for one in command.id]  # -1: not found
+    if -1 in rows:
+        what = f"--id {command.id[rows.index(-1)]}: no such paper in {command.vectors}"
+        raise UserError(what, "give the id of a paper in it")
+    lines = text_lines(command.queries) if command.queries else ()
+    texts = [*command.query, *(text for _, text in lines)]
     vectors = torch.from_numpy(stored)
-    queries = vectors[rows]
-    if texts:
-        queries = torch.cat([embed_queries(texts, about, command), queries])
+    embedded = [embed_queries(texts, about, command)] if texts else []
+    queries = torch.cat([*embedded, vectors[rows]])
     excluded, k = torch.tensor([-1] * len(texts) + rows), min(command.k, len(vectors))
-    started = time.monotonic()
+    logging.info("searching %d vectors for %d queries", len(vectors), len(queries))
     try:
         found = nearest(queries, vectors, k, about["metric"], excluded)
     except ValueError as error:
         raise UserError(f"{command.vectors}: {error}", "embed the papers again") from None
-    seconds = time.monotonic() - started
-    logging.info("%d queries among %d vectors: %.2f s", len(queries), len(vectors), seconds)
     for query, distances, neighbors in zip([*texts, *command.id], *found, strict=True):
         neighbors = neighbors[neighbors >= 0]  # there may be fewer than k
         hits = papers.select(["id", "title"]).take(neighbors.numpy()).to_pylist()
         hits = [{"distance": d} | hit for d, hit in zip(distances.tolist(), hits, strict=False)]
         sys.stdout.writelines(format_hits(query, hits, command.json))
+
+
+def main() -> None:
+    """Parses the command line and searches."""
+    command = command_line.parse_command_line(Command, None, Command())
+    if not command.vectors or command.k < 1 or not (command.query or command.queries or command.id):
+        what = "--vectors, a query, or a --k of 1 or more is missing"
+        raise UserError(what, "give --vectors FILE and --query TEXT, --queries FILE or --id ID")
+    command_line.log_to_stderr()
+    search(command)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +29,47 @@ PATTERN = "step-[0-9]*.safetensors"
 
 
 def write(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
 ) -> None:
-    """Write the checkpoint of `step` atomically, then delete all but the `keep` newest ones.
+    """Write the tensors and the JSON values of `state` as the checkpoint of `step`, atomically.
 
-    Checkpoints of later steps are deleted too: the resumed run found them damaged.
-
-    Args:
-        tensors: name -> tensor of any shape and type.
-        state: everything else, as JSON values.
-
-    Raises:
-        OSError: for example a full disk. The older checkpoints stay.
+    All but the `keep` newest checkpoints are then deleted. Those of later steps are deleted too,
+    because the resumed run found them damaged.
     """
-    path = folder / f"step-{step:08d}.safetensors"
+    path, text = folder / f"step-{step:08d}.safetensors", json.dumps(state)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(state)
     with files.atomic_path(path) as partial:
         save_file(stored, partial, metadata={"state": text, "sha256": _checksum(stored, text)})
     found = sorted(folder.glob(PATTERN))
     kept = [other for other in found if other <= path][-keep:]
     for other in set(found) - set(kept):
-        other.unlink(missing_ok=True)
+        other.unlink()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the state of a checkpoint.
-
-    Raises:
-        RunError: the content is not what `write` wrote. A missing file raises OSError.
-    """
+    """Read the tensors and the state of a checkpoint. RunError: it is not what `write` wrote."""
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             header = stored.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is not a complete checkpoint ({error})", "delete it") from None
-    text = header.get("state", "")
-    if header.get("sha256") != _checksum(tensors, text):
+    if header.get("sha256") != _checksum(tensors, header.get("state", "")):
         raise RunError(f"{path}: the checksum does not match the content", "delete it")
-    return tensors, dict(json.loads(text))
+    return tensors, dict(json.loads(header["state"]))
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read the newest checkpoint that is not damaged; None if there is none. Every damaged one is
-    reported in the log.
-    """
-    found = sorted(folder.glob(PATTERN), reverse=True)
-    for path in found:
+    """Read the newest checkpoint that is not damaged; None if there is none."""
+    for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
             return read(path)
         except RunError as error:
-            log.warning("%s; the checkpoint before it is used", error.what)
-    if found:
-        log.warning("%s: every checkpoint is damaged; training starts over", folder)
+            log.warning("%s; using the checkpoint before it, or else starting over", error.what)
     return None
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
     """SHA-256 of the text and of the name, type, shape and bytes of every tensor."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
@@ -105,12 +87,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return what settings.json records about a run apart from its settings.
 
-    `inputs` must be the same on all processes, and again when the run is resumed. It holds the
-    first 16 digits of SHA-256 sums of the papers as they were read (a papers file may be compressed
-    in between) and of the encoder as it was loaded.
-
-    Raises:
-        UserError: the processes of `group` have different inputs.
+    Its "inputs" must be the same on all processes, and again when the run is resumed. The sums are
+    those of the papers as they were read, because a papers file may be compressed in between.
     """
     inputs = {
         "train_file (SHA-256 of its papers)": _papers_sum([*train, *held_out]),
@@ -118,12 +96,9 @@ def describe_run(
         "encoder (SHA-256)": _encoder_sum(encoder),
         "processes": group.size,
     }
-    for rank, others in enumerate(group.all_gather_object(inputs)):
-        if others != inputs:
-            raise UserError(
-                f"processes {group.rank} and {rank} read other data or encoders ({others})",
-                "give every machine the same files",
-            )
+    if any(others != inputs for others in group.all_gather_object(inputs)):
+        what = f"the processes read different data or encoders ({group.rank}: {inputs})"
+        raise UserError(what, "give every machine the same files")
     return {
         "versions": run_folder.versions(),
         "device": str(encoder.device),
@@ -138,7 +113,7 @@ def _papers_sum(papers: list[Paper]) -> str:
 
 
 def _encoder_sum(encoder: Encoder) -> str:
-    """The sum of weights, configuration and tokenizer; the place that they come from is ignored."""
+    """The sum of weights, configuration and tokenizer, wherever they come from."""
     config: Any = encoder.model.config
     ignored = ("_name_or_path", "transformers_version")
     facts = {key: value for key, value in config.to_dict().items() if key not in ignored}

@@ -46,13 +46,8 @@ class ProcessGroup:
         return texts[self.rank :: self.size] or texts[:1]
 
     def gather(self, vectors: Tensor, total: int) -> Tensor:
-        """Gather the vectors of all `total` texts.
-
-        Args:
-            vectors: (m, d) vectors of this process's share of the texts.
-
-        Returns:
-            (total, d) vectors in the order of the texts. Gradients flow to `vectors` only.
+        """Gather the vectors (m, d) of each process's share of the texts. Return the vectors
+        (total, d) of all texts, in their order; gradients flow to this process's `vectors` only.
         """
         if self.size == 1:
             return vectors
@@ -65,9 +60,7 @@ class ProcessGroup:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace the gradient of each parameter by its sum over the processes."""
-        if self.size == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [one.grad for one in parameters if self.size > 1 and one.grad is not None]
         with self._lost_contact_named():
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
@@ -101,51 +94,35 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:  # gloo, NCCL and the store raise many kinds
-            raise RunError(
-                f"process {self.rank} of {self.size} lost contact with another"
-                f" ({str(error)[:150]})",
-                "see why that one ended, then --resume with as many processes",
-            ) from None
+            reason = str(error)[:150]
+            what = f"process {self.rank} of {self.size} lost contact with another ({reason})"
+            fix = "see why that one ended, then --resume with as many processes"
+            raise RunError(what, fix) from None
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
 def join(device: str) -> ProcessGroup:
-    """Join the processes that torchrun or accelerate started together with this one.
-
-    Args:
-        device: "auto", "cpu" or "cuda", as in the settings.
-
-    Returns:
-        The group, or SINGLE_PROCESS if the environment variable WORLD_SIZE is unset or 1.
-
-    Raises:
-        UserError: RANK or LOCAL_RANK is unset, or there are fewer GPUs than processes.
+    """Join the processes that torchrun or accelerate started together with this one, on the
+    `device` of the settings. Without such a launcher, return SINGLE_PROCESS.
     """
-    size, rank, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1))
-    )
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return SINGLE_PROCESS
-    if min(rank, local_rank) < 0:
-        raise UserError(
-            "WORLD_SIZE is set without RANK and LOCAL_RANK",
-            "start with torchrun or accelerate launch, or unset WORLD_SIZE",
-        )
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs",
-                "start one process for each GPU",
-            )
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        what = "WORLD_SIZE is set without RANK and LOCAL_RANK"
+        raise UserError(what, "start with torchrun or accelerate launch, or unset WORLD_SIZE")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        if local_rank >= gpus:
+            raise UserError(f"this machine has only {gpus} GPUs", "start one process for each GPU")
         torch.cuda.set_device(local_rank)
         # With this, the death of a process raises an error in the others instead of aborting them.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     logging.getLogger().setLevel(logging.WARNING if rank else logging.INFO)
     with ProcessGroup(rank, size)._lost_contact_named():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=STEP_TIMEOUT)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return ProcessGroup(rank, size, control)

@@ -67,14 +67,7 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Return the token ids of each text, with special tokens, cut to `max_length` tokens."""
-        encoded = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=max_length)
         return cast(list[list[int]], encoded["input_ids"])
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
@@ -98,8 +91,7 @@ class Encoder:
         """Do the same as `forward` by the model's own forward pass, on one padded batch."""
         lengths = torch.tensor([len(row) for row in ids])
         # Few different lengths: CPU kernels are compiled and kept for each shape.
-        longest = packed.padded_length(int(lengths.max()))
-        longest = min(longest, longest_input(self.model))
+        longest = min(packed.padded_length(int(lengths.max())), longest_input(self.model))
         padded = torch.tensor([[*row, *[self._pad_id] * (longest - len(row))] for row in ids])
         mask = (torch.arange(longest) < lengths[:, None]).to(self.device)
         output = self.model(input_ids=padded.to(self.device), attention_mask=mask.long())
@@ -141,10 +133,8 @@ class Encoder:
             self.model.train(was_training)
         vectors = torch.cat(chunks) if chunks else torch.empty(0, 0)
         if not torch.isfinite(vectors).all():
-            raise RunError(
-                f"model {self.name} returned vectors with NaN or infinity",
-                "check its weights, and that it was not trained to divergence",
-            )
+            what = f"model {self.name} returned vectors with NaN or infinity"
+            raise RunError(what, "check its weights, and that it was not trained to divergence")
         return Embedded(vectors, cut)
 
     def _tokenized_chunks(
@@ -205,17 +195,12 @@ def pool(hidden: Tensor, mask: Tensor, pooling: AnyPooling) -> Tensor:
 
 
 def choose_device(device: Device) -> torch.device:
-    """Return the device for a `--device` setting; "auto" takes a GPU if torch can use one.
-
-    Raises:
-        UserError: "cuda" was asked for and torch finds no GPU.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch finds no CUDA GPU",
-            "use --device cpu, or install torch's CUDA build",
-        )
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    """Return the device for a `--device` setting; "auto" takes a GPU if torch can use one."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        what = "--device cuda: torch finds no CUDA GPU"
+        raise UserError(what, "use --device cpu, or install torch's CUDA build")
+    return torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:

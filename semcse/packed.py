@@ -8,9 +8,7 @@ summaries) of the array is padding. DeBERTa's attention has one more shortcut, s
 `_deberta_attention`.
 
 The results equal those of transformers' own forward pass (tests/test_packed.py compares hidden
-states and gradients). The loaded model is used as it is: no weight is moved or renamed. Models for
-which `supports` is false take their own forward pass, so everything works without this module, only
-slower.
+states and gradients). Models for which `supports` is false take their own forward pass.
 """
 
 from __future__ import annotations
@@ -77,10 +75,8 @@ def padded_length(length: int) -> int:
 
 
 def first_position(model: Any) -> int:
-    """Return the row of the position table that a text's first token takes.
-
-    RoBERTa-like models number positions from the padding id + 1; only they store `padding_idx`
-    here.
+    """Return the row of the position table that a text's first token takes. RoBERTa-like models
+    number positions from the padding id + 1; only they store `padding_idx` here.
     """
     padding_id = getattr(getattr(model, "embeddings", None), "padding_idx", None)
     return 0 if padding_id is None else int(padding_id) + 1
@@ -114,11 +110,9 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Pac
 
 
 def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Split tokenized texts into batches of bounded size.
+    """Split tokenized texts into batches: lists of indices into `ids`, longest texts first.
 
-    Returns:
-        Lists of indices into `ids`, longest texts first. The texts of a batch, each padded to the
-        longest of them, have at most `max_tokens` tokens. A longer text is a batch alone.
+    A batch has at most `max_tokens` tokens, padding included, or it is a single text.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
@@ -130,11 +124,7 @@ def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[
 
 
 def hidden_states(model: Any, batch: PackedBatch) -> list[Tensor]:
-    """Run a model for which `supports` is true.
-
-    Returns:
-        The last hidden states of each group, (texts, length, d).
-    """
+    """Return the last hidden states, (texts, length, d) for each group. `supports` must be true."""
     hidden = model.embeddings(
         input_ids=batch.ids[None], position_ids=batch.positions[None] + first_position(model)
     )[0]  # (total, d)
@@ -210,11 +200,9 @@ def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table
     contexts = []
     for q, k, v, mask in zip(queries, keys, values, batch.masks, strict=True):
         length = mask.shape[1]
-        # the 2 * length - 1 distances in the middle
-        occurring = slice(longest - length, longest + length - 1)
+        occurring = slice(longest - length, longest + length - 1)  # the distances in these texts
         q = q * scale
-        scores = q @ k.transpose(-1, -2)
-        scores = scores + _by_position(q @ distance_keys[..., occurring])
+        scores = q @ k.transpose(-1, -2) + _by_position(q @ distance_keys[..., occurring])
         transposed = _by_position(k @ distance_queries[..., occurring] * scale)
         contexts.append(_attend(scores + transposed.transpose(-1, -2), v, mask, attention.dropout))
     return _join(contexts, len(hidden))
@@ -247,9 +235,6 @@ def _by_position(by_distance: Tensor) -> Tensor:
     """
     *leading, length, width = by_distance.shape
     flat = by_distance.reshape(-1, length * width).contiguous()
-    windows = flat.as_strided(
-        (len(flat), length, length),
-        (length * width, width - 1, 1),
-        flat.storage_offset() + length - 1,
-    )
+    sizes, strides = (len(flat), length, length), (length * width, width - 1, 1)
+    windows = flat.as_strided(sizes, strides, flat.storage_offset() + length - 1)
     return windows.view(*leading, length, length)

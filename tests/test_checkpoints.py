@@ -110,11 +110,8 @@ def test_foreign_files_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFix
     save_file({"a": torch.ones(3)}, second, metadata={"state": "{}", "sha256": "0"})
     third.touch()
     assert checkpoints.newest(tmp_path) is None
-    *named, last = caplog.messages
-    assert [
-        str(path) in line for path, line in zip((third, second, first), named, strict=True)
-    ] == [True] * 3
-    assert "training starts over" in last
+    for path, line in zip((third, second, first), caplog.messages, strict=True):
+        assert str(path) in line
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_processes_with_other_papers_are_refused(tiny_bert: Path) -> None:
 
     for kind, text in together(2, describe):
         assert kind == "UserError"
-        assert "read other data" in text
+        assert "read different data" in text
 
 
 def test_without_a_launcher_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
