@@ -41,7 +41,7 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
 def paired_differences(
     per_paper: Mapping[str, Mapping[str, Values]], seed: int
 ) -> list[dict[str, Any]]:
-    """The paired difference of every two models for every task that both have values for.
+    """The paired differences of every two models on the tasks that both have values for.
 
     Args:
         per_paper: model -> task -> (papers,) values.

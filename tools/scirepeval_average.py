@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import StatisticsError, fmean
 from typing import Any
 
 import tyro
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from semcse import command_line, files
 from semcse.errors import UserError
+from semcse.tables import markdown_table
 
 WEIGHTS = {"classification": 6, "regression": 5, "proximity": 9, "search": 3}  # numbers of tasks
 # Category, metrics, and the tasks of scirepeval_tasks.jsonl with these metrics.
@@ -52,17 +54,15 @@ class Command:
     s2and: float | None = None  # B3 F1 in percent, from SciRepEval's separate S2AND script
 
 
-def average(categories: Mapping[str, float | None]) -> float | None:
-    """The mean of the four category scores, weighted 6 : 5 : 9 : 3; None if one is missing."""
-    scores = {name: score for name, score in categories.items() if score is not None}
-    if len(scores) < len(WEIGHTS):
-        return None
-    return sum(WEIGHTS[name] * score for name, score in scores.items()) / sum(WEIGHTS.values())
+def average(categories: Mapping[str, float]) -> float:
+    """The mean of the four category scores, weighted 6 : 5 : 9 : 3; NaN if one of them is NaN."""
+    scores = [WEIGHTS[name] * score for name, score in categories.items()]
+    return sum(scores) / sum(WEIGHTS.values())
 
 
 def category_scores(
     results: Mapping[str, Any], s2and: float | None = None
-) -> tuple[dict[str, float | None], list[str]]:
+) -> tuple[dict[str, float], list[str]]:
     """The mean over all tasks of each category.
 
     Args:
@@ -71,58 +71,39 @@ def category_scores(
         s2and: score of the ninth proximity task; without it the mean is over the eight others.
 
     Returns:
-        Category -> score, None if one of its tasks has no score; and the reasons for this.
+        Category -> score, NaN if a task has no score; and the names of the tasks without a score.
     """
-    scores: dict[str, list[float | None]] = {category: [] for category in WEIGHTS}
+    scores: dict[str, list[float]] = {category: [] for category in WEIGHTS}
     if s2and is not None:
         scores["proximity"].append(s2and)
-    reasons = []
+    missing = []
     for category, metrics, tasks in TASKS:
         for task in tasks:
-            score = task_score(results.get(task), metrics, task in FEW_SHOT)
-            scores[category].append(score)
-            if score is None:
-                reasons.append(f"{category}: {task}: {_reason(results.get(task), metrics)}")
-    return {category: _mean(values) for category, values in scores.items()}, reasons
+            scores[category].append(task_score(results, task, metrics))
+            if math.isnan(scores[category][-1]):
+                missing.append(task)
+    return {category: fmean(values) for category, values in scores.items()}, missing
 
 
-def task_score(result: Any, metrics: list[str], few_shot: bool) -> float | None:
-    """The score of a task in percent; None if a metric or run is missing or is not a number."""
-    if not isinstance(result, dict):
-        return None
-    if not few_shot:
-        return _mean([result.get(metric) for metric in metrics])
-    runs = result.get("few_shot") or []
-    shots = _mean([task_score(run.get("results"), metrics, False) for run in runs])
-    return _mean([task_score(result.get("complete"), metrics, False), shots])
-
-
-def _mean(values: list[Any]) -> float | None:
-    """The mean; None without values, or if one of them is not a finite number."""
-    if not values or not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
-        return None
-    return math.fsum(values) / len(values)
-
-
-def _reason(result: Any, metrics: list[str]) -> str:
-    if result is None:
-        return "not in the file"
-    if isinstance(result, dict) and "error" in result:
-        return f"failed: {result['error']}"
-    return f"lacks {' or '.join(metrics)}, or its few-shot runs"
+def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> float:
+    """The score of a task in percent; NaN if the task failed, or if a metric or run is missing."""
+    try:
+        result = results[task]
+        if task not in FEW_SHOT:
+            return fmean(result[metric] for metric in metrics)
+        shots = [fmean(run["results"][metric] for metric in metrics) for run in result["few_shot"]]
+        return fmean([fmean(result["complete"][metric] for metric in metrics), fmean(shots)])
+    except (KeyError, TypeError, StatisticsError):
+        return math.nan
 
 
 def report_lines(results: Mapping[str, Any], s2and: float | None) -> list[str]:
     """The table row of a result file, and what a reader must know about it."""
-    categories, reasons = category_scores(results, s2and)
+    categories, missing = category_scores(results, s2and)
     scores = categories | {"average": average(categories)}
-    cells = ["no data" if score is None else f"{score:.2f}" for score in scores.values()]
-    lines = [f"| {' | '.join(scores)} |", "|---" * 5 + "|", f"| {' | '.join(cells)} |", ""]
-    lines += [f"- {reason}; the category has no mean without it." for reason in reasons]
-    known = {task for _, _, tasks in TASKS for task in tasks}
-    lines += [
-        f"- {task}: not one of the 22 tasks, left out." for task in results if task not in known
-    ]
+    cells = ["no data" if math.isnan(score) else f"{score:.2f}" for score in scores.values()]
+    lines = [*markdown_table([[*scores], cells]), ""]
+    lines += [f"- {task} has no score in the file, so its category has none." for task in missing]
     if s2and is None:
         lines.append(
             "- S2AND is scored by a separate script. Without --s2and, proximity is the mean of the"
@@ -138,10 +119,7 @@ def main() -> None:
         raise UserError(f"--s2and {command.s2and} is not in percent", "give 0 to 100")
     results = files.read_json(Path(command.results))
     if not isinstance(results, dict):
-        raise UserError(
-            f"{command.results}: is not an object of tasks",
-            "give the file that scirepeval.py wrote",
-        )
+        raise UserError(f"{command.results}: holds no tasks", "give the file of scirepeval.py")
     print("\n".join(report_lines(results, command.s2and)))
 
 
