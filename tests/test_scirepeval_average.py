@@ -166,7 +166,7 @@ def test_the_command_prints_the_row_and_what_is_missing(tmp_path: Path) -> None:
     assert with_s2and[4:] == []
     without = lines(results)
     assert without[2].split()[5] == "79.61"
-    assert "S2AND" in without[-1]
+    assert "--s2and" in without[-1]
     failed = lines(results | {"Search": {"error": "CUDA"}}, "--s2and", "93")
     assert failed[2].endswith("| no data | no data |")
     assert failed[4] == "- Search has no score in the file, so its category has none."

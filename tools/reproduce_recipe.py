@@ -29,7 +29,7 @@ from semantic_benchmark import Evaluation, evaluate, read_evaluation_papers
 from semcse import command_line, files
 from semcse.bootstrap import paired_difference
 from semcse.errors import UserError
-from semcse.tables import TASKS, main_score
+from semcse.tables import TASKS, markdown_table
 from settings import Settings, complete, default_settings
 
 if TYPE_CHECKING:
@@ -69,35 +69,34 @@ def main() -> None:
 
 def recipe_lines(name: str, command: Command) -> list[str]:
     """The lines of a recipe's table: its reference, seeds, differences, mean and deviation."""
+    from semcse.models import load_model
+
     runs = [recipe_settings(name, command, seed) for seed in range(command.seeds)]
     papers = read_evaluation_papers(runs[0].eval_file)
-    reference = evaluate(reference_encoder(name, runs[0]), papers, 0, f"{name}, reference")
+    before = starting_encoder(runs[0]) if name == "a" else load_model(runs[0].encoder)
+    reference = evaluate(before, papers, 0, f"{name}, reference")
     trained = {
         f"seed {run.seed}": evaluate(trained_encoder(run), papers, 0, f"{name}, seed {run.seed}")
         for run in runs
     }
-    rows = {"reference": [f"{_score(reference, task):.3f}" for task in TASKS]}
-    for seed, one in trained.items():
-        rows[seed] = [f"{_score(one, task):.3f}" for task in TASKS]
-    for seed, one in trained.items():
-        rows[f"{seed} - reference"] = [_difference(one, reference, task) for task in TASKS]
-    columns = [np.array([_score(one, task) for one in trained.values()]) for task in TASKS]
-    rows["mean and standard deviation over seeds"] = [
-        f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in columns
-    ]
-    rows["fall of the normalised rank"] = [
-        ""
-        if task == "clustering"
-        else f"{1 - (column.mean() - 1) / (_score(reference, task) - 1):.0%}"
-        for task, column in zip(TASKS, columns, strict=True)
-    ]
     pools = [f"{task} (pool {reference.report['tasks'][task]['pool']})" for task in TASKS]
-    table = [f"| {head} | {' | '.join(cells)} |" for head, cells in rows.items()]
-    return [f"## ({name})", "", f"| | {' | '.join(pools)} |", "|---" * 5 + "|", *table, ""]
+    rows = [["", *pools], ["reference", *(f"{score:.3f}" for score in main_scores(reference))]]
+    for seed, one in trained.items():
+        rows.append([seed, *(f"{score:.3f}" for score in main_scores(one))])
+    for seed, one in trained.items():
+        rows.append([f"{seed} - reference", *(_difference(one, reference, task) for task in TASKS)])
+    scores = np.array([main_scores(one) for one in trained.values()])  # (seeds, tasks)
+    means, deviations = scores.mean(axis=0), scores.std(axis=0, ddof=1)
+    cells = [f"{mean:.3f} ± {one:.3f}" for mean, one in zip(means, deviations, strict=True)]
+    rows.append(["mean and standard deviation over seeds", *cells])
+    falls = 1 - (means[:3] - 1) / (np.array(main_scores(reference)[:3]) - 1)
+    rows.append(["fall of the normalised rank", *(f"{fall:.0%}" for fall in falls), ""])
+    return [f"## ({name})", "", *markdown_table(rows), ""]
 
 
-def _score(evaluation: Evaluation, task: str) -> float:
-    return float(evaluation.report["tasks"][task][main_score(task)])
+def main_scores(evaluation: Evaluation) -> list[float]:
+    """The mean rank of the three ranking tasks, and the purity."""
+    return [float(np.nanmean(evaluation.per_paper[task])) for task in TASKS]
 
 
 def _difference(one: Evaluation, other: Evaluation, task: str) -> str:
@@ -125,19 +124,8 @@ def starting_encoder(settings: Settings) -> Encoder:
     return load_for_training(settings.encoder, usage, settings.device)
 
 
-def reference_encoder(name: str, settings: Settings) -> Encoder:
-    """The encoder that a recipe is compared with (see the top of this file)."""
-    from semcse.models import load_model
-
-    return starting_encoder(settings) if name == "a" else load_model(settings.encoder)
-
-
 def trained_encoder(settings: Settings) -> Encoder:
-    """Train an encoder, or load it if an earlier call trained it.
-
-    Raises:
-        UserError: the folder holds a run with other settings.
-    """
+    """Train an encoder, or load it if an earlier call trained it with the same settings."""
     from semcse.model_folder import save_model
     from semcse.models import load_model
     from train_embedding_model import train
@@ -145,9 +133,8 @@ def trained_encoder(settings: Settings) -> Encoder:
     folder = Path(settings.output_dir)
     record = folder / "settings.json"
     if record.exists() and files.read_json(record) != dataclasses.asdict(settings):
-        raise UserError(
-            f"{folder}: holds a run with other settings", "delete it, or name another --output-dir"
-        )
+        fix = "delete it, or name another --output-dir"
+        raise UserError(f"{folder}: holds a run with other settings", fix)
     files.write_json(record, dataclasses.asdict(settings))
     if not (folder / "model" / "semcse.json").exists():
         evaluation = read_evaluation_papers(settings.eval_file)

@@ -73,16 +73,13 @@ def category_scores(
     Returns:
         Category -> score, NaN if a task has no score; and the names of the tasks without a score.
     """
-    scores: dict[str, list[float]] = {category: [] for category in WEIGHTS}
-    if s2and is not None:
-        scores["proximity"].append(s2and)
-    missing = []
+    scores: dict[str, dict[str, float]] = {category: {} for category in WEIGHTS}
     for category, metrics, tasks in TASKS:
-        for task in tasks:
-            scores[category].append(task_score(results, task, metrics))
-            if math.isnan(scores[category][-1]):
-                missing.append(task)
-    return {category: fmean(values) for category, values in scores.items()}, missing
+        scores[category] |= {task: task_score(results, task, metrics) for task in tasks}
+    if s2and is not None:
+        scores["proximity"]["S2AND"] = s2and
+    missing = [task for one in scores.values() for task, score in one.items() if math.isnan(score)]
+    return {category: fmean(one.values()) for category, one in scores.items()}, missing
 
 
 def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> float:
@@ -97,30 +94,22 @@ def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> flo
         return math.nan
 
 
-def report_lines(results: Mapping[str, Any], s2and: float | None) -> list[str]:
-    """The table row of a result file, and what a reader must know about it."""
-    categories, missing = category_scores(results, s2and)
-    scores = categories | {"average": average(categories)}
-    cells = ["no data" if math.isnan(score) else f"{score:.2f}" for score in scores.values()]
-    lines = [*markdown_table([[*scores], cells]), ""]
-    lines += [f"- {task} has no score in the file, so its category has none." for task in missing]
-    if s2and is None:
-        lines.append(
-            "- S2AND is scored by a separate script. Without --s2and, proximity is the mean of the"
-            " eight other tasks, about 1.5 lower than in the published column."
-        )
-    return lines
-
-
 def main() -> None:
-    """Read a result file and print its scores."""
+    """Read a result file, and print its table row and what a reader must know about it."""
     command = command_line.parse_command_line(Command, None, Command(tyro.MISSING))
     if command.s2and is not None and not 0 <= command.s2and <= 100:
         raise UserError(f"--s2and {command.s2and} is not in percent", "give 0 to 100")
     results = files.read_json(Path(command.results))
     if not isinstance(results, dict):
         raise UserError(f"{command.results}: holds no tasks", "give the file of scirepeval.py")
-    print("\n".join(report_lines(results, command.s2and)))
+    categories, missing = category_scores(results, command.s2and)
+    scores = categories | {"average": average(categories)}
+    cells = ["no data" if math.isnan(score) else f"{score:.2f}" for score in scores.values()]
+    print("\n".join([*markdown_table([list(scores), cells]), ""]))
+    for task in missing:
+        print(f"- {task} has no score in the file, so its category has none.")
+    if command.s2and is None:
+        print("- Without --s2and, proximity is about 1.5 lower than in the published column.")
 
 
 if __name__ == "__main__":
