@@ -3,8 +3,8 @@
     python tools/development_split.py --data FOLDER --output-dir runs/development
 
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz), which are not in this
-repository. The ids of the evaluation and validation papers are in development_ids.json. They were
-chosen once, in the order of a hash of the id and without near-duplicates. The files are:
+repository. The evaluation and validation papers (development_ids.json) were chosen once, in the
+order of a hash of the id and without near-duplicates. The files are:
 
     evaluation.jsonl       1,100 papers: 200 with a query (a one-sentence summary by a person), and
                            900 of nine literature reviews (the review is the field)
@@ -55,13 +55,14 @@ def held_out_parts(papers: list[Paper]) -> dict[str, list[Paper]]:
 
 def training_papers(data: Path, papers: list[Paper], seen: SeenPapers) -> list[Paper]:
     """The papers and groups of definitions to train on, with their numbers of visits. Papers in
-    `seen` are left out; a paper of several sources is taken from the one with the most visits.
+    `seen` are left out. A paper of several sources is taken from the one with the most visits.
     """
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
     by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
     definitions = read_papers(data / "llm_definitions.jsonl.gz", ("summaries",))
+    sources = {1: islice(definitions, DEFINITIONS), 2: by_people, 3: summaries}
     found: dict[str, Paper] = {}
-    for visits, source in enumerate((islice(definitions, DEFINITIONS), by_people, summaries), 1):
+    for visits, source in sources.items():
         found |= {paper.id: replace(paper, visits=visits) for paper in source}
     return list(found.values())
 

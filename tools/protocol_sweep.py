@@ -69,18 +69,15 @@ def sweep(
 ) -> dict[str, Any]:
     """Compare a model with its published scores (task -> main score).
 
-    Returns:
-        {"implied_pool": ranking task of `tasks` -> pool size, "purity": k -> purity,
-        "nearest_k": the k whose purity is closest to the published one}.
+    Returns the implied pool sizes of the ranking tasks in `tasks`, the purity for each k, and the
+    k whose purity is closest to the published one.
     """
     evaluation = evaluate(encoder, papers, 0, encoder.name)
-    scores = {task: evaluation.report["tasks"][task] for task in tasks}
-    pools = {
-        task: implied_pool(one["mean_rank"], one["pool"], published[task])
-        for task, one in scores.items()
-        if one["mean_rank"] is not None
-    }
-    fields, metric, purity = [paper.field for paper in papers], encoder.usage.metric, {}
+    fields, metric, pools, purity = [paper.field for paper in papers], encoder.usage.metric, {}, {}
+    for task in tasks:
+        scores = evaluation.report["tasks"][task]
+        if scores["mean_rank"] is not None:
+            pools[task] = implied_pool(scores["mean_rank"], scores["pool"], published[task])
     for k in SWEPT_K:
         found, _ = clustering(evaluation.abstracts, fields, metric, 0, k)
         if found["purity"] is not None:

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from semcse.encoder import Encoder
 
 # Recipe -> its differences from the quickstart's settings; those of "shared" are in every recipe.
-RECIPES: dict[str, dict[str, Any]] = tomllib.loads(
-    Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
-)
+RECIPES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text())
 SHARED = RECIPES.pop("shared")
 
 
@@ -74,17 +72,20 @@ def recipe_lines(name: str, command: Command) -> list[str]:
     reference = evaluate(before, papers, 0, f"{name}, reference")
     trained = [evaluate(trained_encoder(one), papers, 0, one.output_dir) for one in runs]
     pools = [f"{task} (pool {reference.report['tasks'][task]['pool']})" for task in TASKS]
-    rows = [["", *pools], ["reference", *(f"{score:.3f}" for score in main_scores(reference))]]
+    start, ends = main_scores(reference), np.array([main_scores(one) for one in trained])
+    rows = [["", *pools], ["reference", *(f"{score:.3f}" for score in start)]]
+    for seed, scores in enumerate(ends):
+        rows.append([f"seed {seed}", *(f"{score:.3f}" for score in scores)])
     for seed, one in enumerate(trained):
-        rows.append([f"seed {seed}", *(f"{score:.3f}" for score in main_scores(one))])
-    for seed, one in enumerate(trained):
-        differences = [_difference(one, reference, task) for task in TASKS]
-        rows.append([f"seed {seed} - reference", *differences])
-    scores = np.array([main_scores(one) for one in trained])  # (seeds, tasks)
-    means, deviations = scores.mean(axis=0), scores.std(axis=0, ddof=1)
-    cells = [f"{mean:.3f} ± {one:.3f}" for mean, one in zip(means, deviations, strict=True)]
+        cells = []
+        for task in TASKS:
+            mean, (low, high) = paired_difference(one.per_paper[task], reference.per_paper[task], 0)
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        rows.append([f"seed {seed} - reference", *cells])
+    means, deviations = ends.mean(axis=0), ends.std(axis=0, ddof=1)
+    cells = [f"{mean:.3f} ± {sigma:.3f}" for mean, sigma in zip(means, deviations, strict=True)]
     rows.append(["mean and standard deviation over seeds", *cells])
-    falls = 1 - (means[:3] - 1) / (main_scores(reference)[:3] - 1)
+    falls = 1 - (means[:3] - 1) / (start[:3] - 1)
     rows.append(["fall of the normalised rank", *(f"{fall:.0%}" for fall in falls), ""])
     return [f"## ({name})", "", *markdown_table(rows), ""]
 
@@ -92,11 +93,6 @@ def recipe_lines(name: str, command: Command) -> list[str]:
 def main_scores(evaluation: Evaluation) -> Values:
     """(4,) the mean ranks of the three ranking tasks, and the purity."""
     return np.array([np.nanmean(evaluation.per_paper[task]) for task in TASKS])
-
-
-def _difference(one: Evaluation, other: Evaluation, task: str) -> str:
-    mean, (low, high) = paired_difference(one.per_paper[task], other.per_paper[task], 0)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def recipe_settings(name: str, command: Command, seed: int) -> Settings:
@@ -125,12 +121,11 @@ def trained_encoder(settings: Settings) -> Encoder:
     from semcse.models import load_model
     from train_embedding_model import train
 
-    folder = Path(settings.output_dir)
+    folder, chosen = Path(settings.output_dir), dataclasses.asdict(settings)
     record = folder / "settings.json"
-    if record.exists() and files.read_json(record) != dataclasses.asdict(settings):
-        fix = "delete it, or name another --output-dir"
-        raise UserError(f"{folder}: holds a run with other settings", fix)
-    files.write_json(record, dataclasses.asdict(settings))
+    if record.exists() and files.read_json(record) != chosen:
+        raise UserError(f"{folder}: holds a run with other settings", "name another --output-dir")
+    files.write_json(record, chosen)
     if not (folder / "model" / "semcse.json").exists():
         evaluation = read_evaluation_papers(settings.eval_file)
         papers, held_out = read_training_papers(settings, evaluation)

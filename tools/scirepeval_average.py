@@ -5,9 +5,8 @@ SciRepEval's own code.
 
 The authors' README, model card and main.py do not contain the formulas. We inferred the weights of
 the average from the twelve rows of the table, which they reproduce, and the category scores from
-public result files of two of its models (docs/other_harnesses.md). The score of a task is the mean
-over its metrics. For a task with few-shot runs it is the mean of the complete run and of the mean
-few-shot run. The ninth proximity task, S2AND, has a separate script and result file.
+public result files of two of its models (docs/other_harnesses.md). The ninth proximity task, S2AND,
+has a separate script and result file.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from semcse import command_line, files
-from semcse.errors import UserError
 from semcse.tables import markdown_table
 
 WEIGHTS = {"classification": 6, "regression": 5, "proximity": 9, "search": 3}  # numbers of tasks
@@ -83,7 +81,9 @@ def category_scores(
 
 
 def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> float:
-    """The score of a task in percent; NaN if the task failed, or if a metric or run is missing."""
+    """The mean over the metrics of a task, or NaN if the task failed or lacks a metric or a run. For
+    a few-shot task, this is the mean of the complete run and of the mean few-shot run.
+    """
     try:
         result = results[task]
         if task not in FEW_SHOT:
@@ -97,12 +97,7 @@ def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> flo
 def main() -> None:
     """Read a result file, and print its table row and what a reader must know about it."""
     command = command_line.parse_command_line(Command, None, Command(tyro.MISSING))
-    if command.s2and is not None and not 0 <= command.s2and <= 100:
-        raise UserError(f"--s2and {command.s2and} is not in percent", "give 0 to 100")
-    results = files.read_json(Path(command.results))
-    if not isinstance(results, dict):
-        raise UserError(f"{command.results}: holds no tasks", "give the file of scirepeval.py")
-    categories, missing = category_scores(results, command.s2and)
+    categories, missing = category_scores(files.read_json(Path(command.results)), command.s2and)
     scores = categories | {"average": average(categories)}
     cells = ["no data" if math.isnan(score) else f"{score:.2f}" for score in scores.values()]
     print("\n".join([*markdown_table([list(scores), cells]), ""]))

@@ -33,10 +33,8 @@ class Command:
 
 
 def export_model(encoder: Encoder, folder: Path) -> None:
-    """Write `folder`/model and `folder`/tokenizer.
-
-    Raises:
-        UserError: SciRepEval's code would use the model in another way than `encoder.usage` says.
+    """Write `folder`/model and `folder`/tokenizer, if SciRepEval's code would use the model as
+    `encoder.usage` says.
     """
     from semcse.encoder import Usage
     from semcse.model_folder import save_model
