@@ -261,7 +261,7 @@ class Command:
     pooling: Pooling | None = None  # overrides the model's own pooling
     metric: Metric | None = None  # overrides the model's own distance
     max_length: int | None = None  # overrides the number of tokens kept of each text
-    eval_file: str = Settings.eval_file  # papers with title, abstract, and where known query, field
+    eval_file: str = Settings.eval_file  # papers file; `query` and `field` are optional
     trained_on: tuple[str, ...] = ()  # training file whose papers are left out; may be repeated
     output_dir: str = "runs/benchmark"  # folder for benchmark.json and benchmark.md
     skip_invalid: bool = False  # count and log invalid lines instead of stopping at the first

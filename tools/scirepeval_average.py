@@ -81,8 +81,9 @@ def category_scores(
 
 
 def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> float:
-    """The mean over the metrics of a task, or NaN if the task failed or lacks a metric or a run. For
-    a few-shot task, this is the mean of the complete run and of the mean few-shot run.
+    """The mean over the metrics of a task; NaN if the task failed or a metric or run is missing.
+
+    For a few-shot task, it is the mean of the complete run and of the mean few-shot run.
     """
     try:
         result = results[task]
