@@ -13,18 +13,17 @@ to a query q, which has one positive p among them:
     query              a search query made for a paper    all abstracts            its abstract
 
     rank(q)          1 + number of candidates c with d(q, c) < d(q, p)
-                       + half the number of other candidates with d(q, c) = d(q, p)
+                       + half the number of other candidates with d(q, c) = d(q, p),
+                       so that a model that maps all texts to one vector ranks (pool + 1) / 2
     mean_rank        mean of rank(q) over all queries; 1 is best (median_rank: their median)
     normalised_rank  (mean_rank - 1) / (pool - 1); 0 is best, 0.5 is chance
     mrr              mean reciprocal rank: mean of 1 / rank(q); 1 is best
     recall_at_k      share of the queries with rank(q) <= k, for k = 1 and 10; 1 is best
 
-Because ties count half, a model that maps all texts to one vector gets the mean rank of a random
-order, (pool + 1) / 2. The task "clustering" looks for the k = 10 nearest neighbors of an abstract
-among the abstracts of all other papers with a field, such as "Physics":
-
-    purity           mean over all queries of the share of the k neighbors that have the field of
-                       the query; 1 is best. Papers whose field has at most k papers are no queries
+The task "clustering" looks for the k = 10 nearest neighbors of an abstract among the abstracts of
+all other papers with a field, such as "Physics". Its score "purity" is the mean over all queries
+of the share of the k neighbors that have the query's field; 1 is best. Papers whose field has at
+most k papers are no queries.
 
 These definitions, the halves and k are our choices: the authors' README, model card and main.py do
 not contain them. `semcse/distances.py` computes exact ranks and neighbors block by block.
@@ -34,10 +33,8 @@ from __future__ import annotations
 
 import logging
 import re
-import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +55,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from semcse.encoder import Encoder
-
-log = logging.getLogger(__name__)
 
 # Ranking task -> its queries, its candidates. The positive comes from the same paper as the query.
 RANKING_TASKS = {
@@ -102,11 +97,15 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
         label: name on the progress bars; no bars if empty.
     """
     started = time.perf_counter()
-    texts = _texts(papers)
-    vectors, truncated = _embed(encoder, texts, label)
-    embedded = time.perf_counter()
-    metric, fields = encoder.usage.metric, [paper.field for paper in papers]
-    tasks, per_paper = {}, {}
+    texts, usage, vectors, truncated = _texts(papers), encoder.usage, {}, 0
+    for kind, by_paper in texts.items():
+        prompt = usage.query_prompt if kind in ("titles", "queries") else usage.document_prompt
+        bar = f"{label}: {kind}" if label else ""
+        embedded = encoder.embed(list(by_paper.values()), prompt, bar)
+        vectors[kind] = embedded.vectors
+        truncated += embedded.cut
+    middle = time.perf_counter()
+    tasks, per_paper, metric = {}, {}, usage.metric
     for task, (queries, candidates) in RANKING_TASKS.items():
         row = {paper: i for i, paper in enumerate(texts[candidates])}
         positives = [row[paper] for paper in texts[queries]]
@@ -114,17 +113,16 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
         per_paper[task] = np.full(len(papers), np.nan)
         per_paper[task][list(texts[queries])] = found
     tasks["abstract_segments"]["left_out"] = len(papers) - len(texts["first halves"])
-    tasks["clustering"], per_paper["clustering"] = clustering(
-        vectors["abstracts"], fields, metric, seed
-    )
+    abstracts, fields = vectors["abstracts"], [paper.field for paper in papers]
+    tasks["clustering"], per_paper["clustering"] = clustering(abstracts, fields, metric, seed)
     done = time.perf_counter()
     report = {
         "tasks": tasks,
         "n_papers": len(papers),
         "truncated_share": round(truncated / sum(map(len, texts.values())), 6),
-        "seconds": {"embedding": round(embedded - started, 3), "tasks": round(done - embedded, 3)},
+        "seconds": {"embedding": round(middle - started, 3), "tasks": round(done - middle, 3)},
     }
-    return Evaluation(report, per_paper, vectors["abstracts"])
+    return Evaluation(report, per_paper, abstracts)
 
 
 def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
@@ -139,21 +137,6 @@ def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
     }
 
 
-def _embed(
-    encoder: Encoder, texts: Mapping[str, Mapping[int, str]], label: str
-) -> tuple[dict[str, Tensor], int]:
-    """Embed every text once. Returns the vectors by kind, and how many texts were truncated."""
-    vectors, truncated = {}, 0
-    for kind, by_paper in texts.items():
-        usage = encoder.usage
-        prompt = usage.query_prompt if kind in ("titles", "queries") else usage.document_prompt
-        bar = f"{label}: {kind}" if label else ""
-        embedded = encoder.embed(list(by_paper.values()), prompt, bar)
-        vectors[kind] = embedded.vectors
-        truncated += embedded.cut
-    return vectors, truncated
-
-
 def ranking(
     queries: Tensor, candidates: Tensor, positives: list[int], metric: Metric, seed: int
 ) -> tuple[dict[str, Any], Values]:
@@ -162,9 +145,7 @@ def ranking(
     Args:
         queries: (n, d) float32 vectors.
         candidates: (pool, d) float32 vectors.
-        positives: for each query, the row of its positive in `candidates`.
-        metric: the distance.
-        seed: seed of the bootstrap.
+        positives: (n,) row of each query's positive in `candidates`.
     """
     import torch
 
@@ -172,8 +153,8 @@ def ranking(
 
     pool = len(candidates)
     if not positives or pool < 2:
-        what = "fewer than two candidates" if positives else "no paper has the text this task needs"
-        return {"mean_rank": None, "reason": what}, np.full(len(positives), np.nan)
+        reason = "too few papers have the text this task needs"
+        return {"mean_rank": None, "reason": reason}, np.full(len(positives), np.nan)
     found: Values = ranks(queries, candidates, metric, torch.tensor(positives)).numpy()
     scores = {
         "mean_rank": float(found.mean()),
@@ -198,9 +179,6 @@ def clustering(
     Args:
         abstracts: (papers, d) float32 vectors.
         fields: (papers,) names; papers with a blank one are left out.
-        metric: the distance.
-        seed: seed of the bootstrap, and of the order of neighbors at exactly the same distance.
-        k: number of neighbors.
     """
     import torch
 
@@ -209,14 +187,14 @@ def clustering(
     purity = np.full(len(fields), np.nan)
     labelled = np.array([i for i, field in enumerate(fields) if field.strip()], dtype=np.int64)
     labelled = labelled[np.random.default_rng(seed).permutation(len(labelled))]
-    names = np.array([fields[i] for i in labelled])
-    sizes = Counter(names.tolist())
-    queries = [row for row, name in enumerate(names) if sizes[name] > k]
-    if not queries:
+    names = [fields[i] for i in labelled]
+    _, field, sizes = np.unique(names, return_inverse=True, return_counts=True)
+    queries = np.flatnonzero(sizes[field] > k)
+    if not len(queries):
         return {"purity": None, "reason": f"no field has more than {k} papers"}, purity
-    vectors, rows = abstracts[torch.from_numpy(labelled)], torch.tensor(queries)
+    vectors, rows = abstracts[torch.from_numpy(labelled)], torch.from_numpy(queries)
     _, neighbors = nearest(vectors[rows], vectors, k, metric, excluded=rows)
-    same_field = names[neighbors.numpy()] == names[queries][:, None]  # (queries, k)
+    same_field = field[neighbors.numpy()] == field[queries][:, None]  # (queries, k)
     purity[labelled[queries]] = same_field.mean(axis=1)
     scores = {
         "purity": float(same_field.mean()),
@@ -236,26 +214,20 @@ def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, f
 
     where x is the model's main score, and best and median are over all models. If the median equals
     the best score, the best models get 1 and the others 0. We inferred the formula from the table
-    in the authors' README: it gives all twelve Perf values there.
+    in the authors' README: it gives all twelve Perf values there. Perf is None for a model without
+    data for a task, and for all models if there are fewer than three.
 
-    Args:
-        tables: model -> task -> main score; None, or no entry, without data.
-
-    Returns:
-        model -> Perf, or None if the model lacks a task or there are fewer than three models.
+    `tables` holds model -> task -> main score, or None without data.
     """
-    perf: dict[str, list[float]] = {model: [] for model in tables}
-    for task in TASKS:
-        column = {model: x for model, row in tables.items() if (x := row.get(task)) is not None}
-        for model, x in column.items():
-            best = max(column.values()) if task == "clustering" else min(column.values())
-            median = statistics.median(column.values())
-            share = float(x == best) if median == best else 1 - (x - best) / (median - best) / 2
-            perf[model].append(min(1.0, max(0.0, share)))
-    return {
-        model: statistics.fmean(shares) if len(shares) == len(TASKS) and len(tables) > 2 else None
-        for model, shares in perf.items()
-    }
+    scores = np.array([[row.get(task) for task in TASKS] for row in tables.values()], dtype=float)
+    if len(tables) < 3 or np.isnan(scores).all(axis=0).any():
+        return dict.fromkeys(tables)
+    scores[:, TASKS.index("clustering")] *= -1  # now a lower score is better in every task
+    best, median = np.nanmin(scores, axis=0), np.nanmedian(scores, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = 1 - (scores - best) / (median - best) / 2
+    perf = np.where(scores == best, 1, shares).clip(0, 1).mean(axis=1)
+    return {model: None if np.isnan(x) else float(x) for model, x in zip(tables, perf, strict=True)}
 
 
 def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, seed: int) -> dict[str, Any]:
@@ -289,10 +261,8 @@ class Command:
     pooling: Pooling | None = None  # overrides the model's own pooling
     metric: Metric | None = None  # overrides the model's own distance
     max_length: int | None = None  # overrides the number of tokens kept of each text
-    # papers file with title and abstract, and with query and field where known
-    eval_file: str = Settings.eval_file
-    # training file of a model; its papers are left out for all models; may be repeated
-    trained_on: tuple[str, ...] = ()
+    eval_file: str = Settings.eval_file  # papers file; `query` and `field` are optional
+    trained_on: tuple[str, ...] = ()  # training file whose papers are left out; may be repeated
     output_dir: str = "runs/benchmark"  # folder for benchmark.json and benchmark.md
     skip_invalid: bool = False  # count and log invalid lines instead of stopping at the first
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
@@ -302,21 +272,23 @@ class Command:
 
 def run(command: Command) -> None:
     """Score every named model, print one table, and write benchmark.json and benchmark.md."""
-    from semcse.models import list_of_models
+    from semcse.models import list_of_models, load_model
 
     if command.list_models:
         print(list_of_models())
         return
+    usage = (command.pooling, command.metric, command.max_length)
+    trusted = command.trust_remote_code
     _check(command)
     papers, left_out = _without_training_papers(command)
-    scored = {name: _score_model(name, command, papers) for name in command.model}
-    results = {name: result for name, (result, _) in scored.items()}
-    per_paper = {name: values for name, (_, values) in scored.items()}
-    main_scores = {
-        name: {task: result["tasks"][task][main_score(task)] for task in TASKS}
-        for name, result in results.items()
-    }
-    perf, paired = perf_scores(main_scores), paired_differences(per_paper, command.seed)
+    results, per_paper, scores = {}, {}, {}
+    for name in command.model:
+        encoder = load_model(name, *usage, device=command.device, trust_remote_code=trusted)
+        evaluation = evaluate(encoder, papers, command.seed, name)
+        results[name] = describe(encoder, command.eval_file, evaluation, command.seed)
+        per_paper[name] = evaluation.per_paper
+        scores[name] = {task: results[name]["tasks"][task][main_score(task)] for task in TASKS}
+    perf, paired = perf_scores(scores), paired_differences(per_paper, command.seed)
     table = table_lines(results, perf if len(results) > 2 else None) + paired_lines(paired)
     print("\n".join(table))
     first, *others = results.values()
@@ -328,7 +300,7 @@ def run(command: Command) -> None:
     output = Path(command.output_dir)
     files.write_json(output / "benchmark.json", whole)
     files.write_text(output / "benchmark.md", markdown("Semantic benchmark", table, notes))
-    log.info("wrote %s and benchmark.md", output / "benchmark.json")
+    logging.info("wrote %s and benchmark.md", output / "benchmark.json")
 
 
 def _check(command: Command) -> None:
@@ -345,9 +317,9 @@ def _check(command: Command) -> None:
     if command.max_length is not None and command.max_length < 3:
         raise UserError(f"--max-length {command.max_length} leaves no text", "give 3 or more")
     run_folder.check_output_folder(Path(command.output_dir))
-    asked = (command.pooling, command.metric, command.max_length)
+    usage = (command.pooling, command.metric, command.max_length)
     for name in command.model:
-        usage_of(name, *asked, trust_remote_code=command.trust_remote_code)
+        usage_of(name, *usage, trust_remote_code=command.trust_remote_code)
 
 
 def _without_training_papers(command: Command) -> tuple[list[Paper], dict[str, int]]:
@@ -359,31 +331,10 @@ def _without_training_papers(command: Command) -> tuple[list[Paper], dict[str, i
         found = {paper.id for paper in papers if seen.reason(paper)}
         kept = [paper for paper in kept if paper.id not in found]
         left_out[path] = len(found)
-        log.info("left out %d of %d papers: they are in %s", len(found), len(papers), path)
     if len(kept) < 2:
-        raise UserError(
-            f"{command.eval_file}: {len(kept)} papers are left without those of --trained-on",
-            "evaluate on papers that no model was trained on",
-        )
+        what = f"{command.eval_file}: all papers but {len(kept)} are in a file of --trained-on"
+        raise UserError(what, "evaluate on papers that no model was trained on")
     return kept, left_out
-
-
-def _score_model(
-    name: str, command: Command, papers: list[Paper]
-) -> tuple[dict[str, Any], dict[str, Values]]:
-    """Load and score one model: its object of benchmark.json, and its scores per paper."""
-    from semcse.models import load_model
-
-    encoder = load_model(
-        name,
-        command.pooling,
-        command.metric,
-        command.max_length,
-        device=command.device,
-        trust_remote_code=command.trust_remote_code,
-    )
-    evaluation = evaluate(encoder, papers, command.seed, name)
-    return describe(encoder, command.eval_file, evaluation, command.seed), evaluation.per_paper
 
 
 def main() -> None:

@@ -26,22 +26,18 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
 
     Args:
         one: (papers,) values of the first model.
-        other: (papers,) values of the second model; a paper with NaN in either one is left out.
+        other: (papers,) values of the second model. A paper with NaN in either one is left out, and
+            at least one paper must have both values.
         seed: seed of the bootstrap.
-
-    Raises:
-        ValueError: no paper has a value of both models.
     """
     differences = (one - other)[~np.isnan(one - other)]
-    if not len(differences):
-        raise ValueError("no paper has both values")
     return float(differences.mean()), bootstrap_interval(differences, seed)
 
 
 def paired_differences(
     per_paper: Mapping[str, Mapping[str, Values]], seed: int
 ) -> list[dict[str, Any]]:
-    """The paired difference of every two models for every task that both have values for.
+    """The paired differences of every two models on the tasks that both have values for.
 
     Args:
         per_paper: model -> task -> (papers,) values.

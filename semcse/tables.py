@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from semcse.bootstrap import RESAMPLES
@@ -22,8 +22,12 @@ def main_score(task: str) -> str:
     return "purity" if task == "clustering" else "mean_rank"
 
 
-def _digits(task: str) -> int:
-    return 3 if task == "clustering" else 2
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table with columns of equal width. The first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [lines[0], rule, *lines[1:]]
 
 
 def table_lines(
@@ -37,20 +41,14 @@ def table_lines(
     """
     tasks = next(iter(named.values()))["tasks"]
     rows = [["", *(_head(task, tasks[task]) for task in TASKS)]]
-    rows += [
-        [name, *(_cell(task, one["tasks"][task]) for task in TASKS)] for name, one in named.items()
-    ]
+    for name, one in named.items():
+        rows.append([name, *(_cell(task, one["tasks"][task], main_score(task)) for task in TASKS)])
     if perf:
         rows[0].append("Perf")
         for row in rows[1:]:
             value = perf.get(row[0])
             row.append("-" if value is None else f"{value:.3f}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    return markdown_table(rows)
 
 
 def _head(task: str, result: Mapping[str, Any]) -> str:
@@ -59,37 +57,28 @@ def _head(task: str, result: Mapping[str, Any]) -> str:
     return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
 
 
-def _cell(task: str, result: Mapping[str, Any]) -> str:
-    score, digits = result[main_score(task)], _digits(task)
-    if score is None:
+def _cell(task: str, result: Mapping[str, Any], key: str, sign: str = "") -> str:
+    """The value `key` of a task with its interval; `sign` "+" shows the sign of a difference."""
+    if result.get(key) is None:
         return "no data"
+    form = f"{sign}.{3 if task == 'clustering' else 2}f"
     low, high = result["ci95"]
-    return f"{score:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{result[key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def paired_lines(paired: list[dict[str, Any]]) -> list[str]:
     """The lines of a table of `semcse.bootstrap.paired_differences`; none for a single model."""
     if not paired:
         return []
-    lines = [
-        "",
+    rows = [["", *TASKS]]
+    for pair in paired:
+        cells = [_cell(task, pair["tasks"].get(task, {}), "difference", "+") for task in TASKS]
+        rows.append([" - ".join(pair["models"]), *cells])
+    text = (
         "Paired differences: the first model's values minus the second's on the same papers. An"
-        " interval that does not contain 0 shows a difference.",
-        "",
-        f"| | {' | '.join(TASKS)} |",
-        "|---" * 5 + "|",
-    ]
-    for row in paired:
-        cells = [_difference(task, row["tasks"].get(task)) for task in TASKS]
-        lines.append(f"| {' - '.join(row['models'])} | {' | '.join(cells)} |")
-    return lines
-
-
-def _difference(task: str, found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "no data"
-    (low, high), digits = found["ci95"], _digits(task)
-    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        " interval that does not contain 0 shows a difference."
+    )
+    return ["", text, "", *markdown_table(rows)]
 
 
 def markdown(title: str, table: list[str], notes: list[str]) -> str:

@@ -376,9 +376,9 @@ def test_tasks_without_data_are_null_with_the_reason() -> None:
     ]
     report = described(FakeEncoder(Everywhere((1, 0))), papers)
     tasks = report["tasks"]
-    few, missing = "fewer than two candidates", "no paper has the text this task needs"
+    missing = "too few papers have the text this task needs"
     assert tasks["query"] == {"mean_rank": None, "reason": missing}
-    assert tasks["abstract_segments"] == {"mean_rank": None, "reason": few, "left_out": 2}
+    assert tasks["abstract_segments"] == {"mean_rank": None, "reason": missing, "left_out": 2}
     assert tasks["clustering"] == {"purity": None, "reason": "no field has more than 10 papers"}
     assert tasks["title_abstract"]["mean_rank"] == 2
     lines = table_lines({"x": report}, {"x": None})
@@ -574,7 +574,7 @@ def test_papers_of_named_training_files_are_left_out_for_all_models(
     assert f"- 2 papers were left out: they are in {by_text}." in written
     everything = papers_file(rows[1:], "everything.jsonl")
     line = refusal(*words, tmp_path / "none", "--trained-on", everything)
-    assert "1 papers are left without those of --trained-on" in line
+    assert "all papers but 1 are in a file of --trained-on" in line
     assert not (tmp_path / "none").exists()
 
 

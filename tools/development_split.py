@@ -3,8 +3,8 @@
     python tools/development_split.py --data FOLDER --output-dir runs/development
 
 FOLDER holds papers_dev, llm_summaries and llm_definitions (.jsonl.gz), which are not in this
-repository. The ids of the evaluation and validation papers are in development_ids.json. They were
-chosen once, in the order of a hash of the id and without near-duplicates. The files are:
+repository. The evaluation and validation papers (development_ids.json) were chosen once, in the
+order of a hash of the id and without near-duplicates. The files are:
 
     evaluation.jsonl       1,100 papers: 200 with a query (a one-sentence summary by a person), and
                            900 of nine literature reviews (the review is the field)
@@ -18,12 +18,10 @@ chosen once, in the order of a hash of the id and without near-duplicates. The f
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,52 +45,39 @@ class Command:
 def held_out_parts(papers: list[Paper]) -> dict[str, list[Paper]]:
     """Name of a file -> the papers that are held out in it, in the order of `papers`."""
     ids = {part: set(some) for part, some in files.read_json(IDS).items()}
-    evaluation = [paper for paper in papers if paper.id in ids["evaluation"]]
-    validation = [paper for paper in papers if paper.id in ids["validation"]]
+    parts = {part: [paper for paper in papers if paper.id in some] for part, some in ids.items()}
     more = [
-        dataclasses.replace(paper, query=paper.query or "".join(paper.summaries[:1]))
-        for paper in papers
-        if paper.id in ids["more_validation"]
+        replace(paper, query=paper.query or "".join(paper.summaries[:1]))
+        for paper in parts["more_validation"]
     ]
-    return {
-        "evaluation": evaluation,
-        "validation": validation,
-        "more_validation": validation + more,
-    }
+    return parts | {"more_validation": parts["validation"] + more}
 
 
-def training_papers(data: Path, papers: list[Paper], seen: SeenPapers) -> Iterable[Paper]:
+def training_papers(data: Path, papers: list[Paper], seen: SeenPapers) -> list[Paper]:
     """The papers and groups of definitions to train on, with their numbers of visits. Papers in
-    `seen` are left out; a paper of several sources is taken from the one with the most visits.
+    `seen` are left out. A paper of several sources is taken from the one with the most visits.
     """
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
     by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)
     definitions = read_papers(data / "llm_definitions.jsonl.gz", ("summaries",))
-    sources = ((1, itertools.islice(definitions, DEFINITIONS)), (2, by_people), (3, summaries))
-    return {
-        paper.id: dataclasses.replace(paper, visits=visits)
-        for visits, source in sources
-        for paper in source
-    }.values()
-
-
-def write_papers(path: Path, papers: Iterable[Paper]) -> int:
-    """Write a papers file, and return the number of papers."""
-    rows = [json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in papers]
-    files.write_text(path, "".join(rows))
-    return len(rows)
+    sources = {1: islice(definitions, DEFINITIONS), 2: by_people, 3: summaries}
+    found: dict[str, Paper] = {}
+    for visits, source in sources.items():
+        found |= {paper.id: replace(paper, visits=visits) for paper in source}
+    return list(found.values())
 
 
 def main() -> None:
     """Read the papers, write the four files, and print their sizes."""
     command = command_line.parse_command_line(Command, None, Command())
-    data, output = Path(command.data), Path(command.output_dir)
+    data = Path(command.data)
     papers = list(read_papers(data / "papers_dev.jsonl.gz", ("title", "abstract")))
-    parts: dict[str, Iterable[Paper]] = dict(held_out_parts(papers))
-    seen = SeenPapers(itertools.chain.from_iterable(parts.values()))
-    parts["train"] = training_papers(data, papers, seen)
-    sizes = {name: write_papers(output / f"{name}.jsonl", part) for name, part in parts.items()}
-    print(", ".join(f"{name} {size}" for name, size in sizes.items()))
+    parts = held_out_parts(papers)
+    parts["train"] = training_papers(data, papers, SeenPapers(chain(*parts.values())))
+    for name, part in parts.items():
+        rows = [json.dumps(paper.as_row(), ensure_ascii=False) + "\n" for paper in part]
+        files.write_text(Path(command.output_dir) / f"{name}.jsonl", "".join(rows))
+    print(", ".join(f"{name} {len(part)}" for name, part in parts.items()))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@ which text of a paper would bring its scores here to the published ones?
 
     python tools/protocol_sweep.py --model SemCSE --eval-file data/scidocs.jsonl.gz
 
-The authors' README, model card and main.py give the scores, but not the pool sizes and the k. The
-closer the pool sizes that the three ranking tasks imply are to each other, the likelier it is that
-the evaluation papers and the halving rule are those of the authors. The method is our choice.
+The authors' README, model card and main.py give the scores, but not the pool sizes and the k. If
+the three ranking tasks imply similar pool sizes, it is likely that the evaluation papers and the
+halving rule are those of the authors. The method is our choice.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,6 @@ class Command:
     eval_file: str = Settings.eval_file  # papers file to score the models on
     output: str = "runs/protocol_sweep.json"  # file for the findings
     device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
-    seed: int = 0  # seed of the order of neighbors at exactly the same distance
 
 
 def published_scores(name: str) -> dict[str, float]:
@@ -60,56 +58,30 @@ def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
     """The pool size at which a model is expected to have its published mean rank.
 
     In a random part of n of the N candidates of a pool, the expected mean rank is
-    1 + (mean rank - 1) * (n - 1) / (N - 1), which is solved for n here. Returns None for a model
-    with mean rank 1, which keeps it in every pool.
+    1 + (mean rank - 1) * (n - 1) / (N - 1), which is solved for n here. Returns None for the mean
+    rank 1, which stays 1 in every pool.
     """
     return 1 + (published - 1) * (pool - 1) / (mean_rank - 1) if mean_rank > 1 else None
 
 
 def sweep(
-    encoder: Encoder, papers: list[Paper], published: Mapping[str, float], seed: int
+    encoder: Encoder, papers: list[Paper], published: Mapping[str, float], tasks: Collection[str]
 ) -> dict[str, Any]:
-    """Compare a model with its published scores when the abstract represents a paper, and when the
-    title and the abstract together do (which changes the tasks "query" and "clustering" only).
+    """Compare a model with its published scores (task -> main score).
 
-    Args:
-        encoder: the published checkpoint.
-        papers: the evaluation papers.
-        published: task -> published main score.
-        seed: as in `evaluate`.
-
-    Returns:
-        Text form -> {"implied_pool": task -> pool size, "purity": k -> purity, "nearest_k": the k
-        whose purity is closest to the published one}.
+    Returns the implied pool sizes of the ranking tasks in `tasks`, the purity for each k, and the
+    k whose purity is closest to the published one.
     """
-    joined = [
-        dataclasses.replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers
-    ]
-    return {
-        "abstract": _sweep_form(encoder, papers, published, TASKS[:3], seed),
-        "title + abstract": _sweep_form(encoder, joined, published, ("query",), seed),
-    }
-
-
-def _sweep_form(
-    encoder: Encoder,
-    papers: list[Paper],
-    published: Mapping[str, float],
-    tasks: tuple[str, ...],
-    seed: int,
-) -> dict[str, Any]:
-    evaluation = evaluate(encoder, papers, seed, encoder.name)
-    pools = {}
+    evaluation = evaluate(encoder, papers, 0, encoder.name)
+    fields, metric, pools, purity = [paper.field for paper in papers], encoder.usage.metric, {}, {}
     for task in tasks:
         scores = evaluation.report["tasks"][task]
         if scores["mean_rank"] is not None:
             pools[task] = implied_pool(scores["mean_rank"], scores["pool"], published[task])
-    fields, metric = [paper.field for paper in papers], encoder.usage.metric
-    purity: dict[int, float] = {}
     for k in SWEPT_K:
-        scores, _ = clustering(evaluation.abstracts, fields, metric, seed, k)
-        if scores["purity"] is not None:
-            purity[k] = scores["purity"]
+        found, _ = clustering(evaluation.abstracts, fields, metric, 0, k)
+        if found["purity"] is not None:
+            purity[k] = found["purity"]
     nearest_k = min(purity, key=lambda k: abs(purity[k] - published["clustering"]), default=None)
     return {"implied_pool": pools, "purity": purity, "nearest_k": nearest_k}
 
@@ -124,10 +96,16 @@ def main() -> None:
 
     published = {name: published_scores(name) for name in command.model}
     papers = read_evaluation_papers(command.eval_file)
+    joined = [replace(paper, abstract=f"{paper.title} {paper.abstract}") for paper in papers]
     found = {}
     for name, scores in published.items():
         encoder = load_model(name, device=command.device)
-        found[name] = {"published": scores, **sweep(encoder, papers, scores, command.seed)}
+        found[name] = {
+            "published": scores,
+            "abstract": sweep(encoder, papers, scores, TASKS[:3]),
+            # The joined text contains the title, so that only this task makes sense.
+            "title + abstract": sweep(encoder, joined, scores, ["query"]),
+        }
     print(json.dumps(found, indent=2))
     files.write_json(Path(command.output), found)
 

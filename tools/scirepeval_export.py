@@ -22,8 +22,6 @@ from semcse.errors import UserError
 if TYPE_CHECKING:
     from semcse.encoder import Encoder
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Command:
@@ -35,36 +33,24 @@ class Command:
 
 
 def export_model(encoder: Encoder, folder: Path) -> None:
-    """Write `folder`/model and `folder`/tokenizer.
-
-    Raises:
-        UserError: SciRepEval's code would use the model in another way than `encoder.usage` says,
-            so that the scores would not be those of the model.
+    """Write `folder`/model and `folder`/tokenizer, if SciRepEval's code would use the model as
+    `encoder.usage` says.
     """
     from semcse.encoder import Usage
     from semcse.model_folder import save_model
 
-    usage = asdict(encoder.usage)
     theirs = asdict(Usage(encoder.usage.pooling, "euclidean", max_length=512))
-    problems = [f"{key} is {usage[key]!r}" for key in usage if usage[key] != theirs[key]]
-    if encoder.tokenizer.sep_token is None or encoder.tokenizer.pad_token is None:
-        problems.append("its tokenizer lacks the separator or the padding token")
-    if problems:
-        raise UserError(
-            f"model {encoder.name} cannot be exported for SciRepEval: {problems[0]}",
-            "use the wrapper in docs/other_harnesses.md",
-        )
+    for key, value in asdict(encoder.usage).items():
+        if value != theirs[key]:
+            what = f"SciRepEval cannot use {encoder.name} as it was trained: its {key} is {value!r}"
+            raise UserError(what, "use the wrapper in docs/other_harnesses.md")
     with files.atomic_path(folder) as partial:
         save_model(encoder, partial / "model", base=encoder.name)
         (partial / "tokenizer").mkdir()
         for file in (partial / "model").glob("*token*.json"):
             shutil.copy(file, partial / "tokenizer")
-    log.info(
-        "wrote %s; run in SciRepEval's folder: python scirepeval.py -m %s --pooling-mode %s",
-        folder,
-        folder.resolve(),
-        encoder.usage.pooling,
-    )
+    call = f"python scirepeval.py -m {folder.resolve()} --pooling-mode {encoder.usage.pooling}"
+    logging.info("wrote %s; run in SciRepEval's folder: %s", folder, call)
 
 
 def main() -> None:
