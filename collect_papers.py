@@ -5,8 +5,6 @@ parquet or BibTeX file. The same command resumes a run that was interrupted.
     python collect_papers.py --input library.csv --id DOI --title Title --output papers.jsonl
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import hashlib

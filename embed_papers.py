@@ -10,8 +10,6 @@ becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy, OUTP
 title of each row). Memory holds one chunk and the ids of the papers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

@@ -4,8 +4,6 @@ The training script uses three steps of this file: read the papers and drop thos
 evaluation also uses, hold some papers out to choose the best checkpoint, and draw the batches.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 

@@ -8,8 +8,6 @@ query is a text. A .npy file is read once, block by block, and may be larger tha
 file is read completely.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

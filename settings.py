@@ -9,8 +9,6 @@ main.py; [A] other published code of the same group; [ours] our choice, because 
 it (README, "Deviations and unknowns").
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

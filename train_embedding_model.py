@@ -14,8 +14,6 @@ from its last checkpoint with the same batches, the same dropout and the same re
 processes can share the texts of each step (semcse/distributed.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """Adapters: the bottleneck adapters of the `adapters` library, and Jina v3's own LoRA adapters."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections import OrderedDict, defaultdict

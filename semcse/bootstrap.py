@@ -1,7 +1,5 @@
 """Bootstrap confidence intervals of means over papers, and of paired differences of two models."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ A checkpoint is one safetensors file, step-00000120.safetensors for example. Its
 state of the run as JSON, and a checksum of the whole content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

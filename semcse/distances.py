@@ -7,8 +7,6 @@ q - c, which are accurate however close two vectors are. The cosine distance is 
 Euclidean distance between unit vectors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ the weights. By the chain rule, the sum of this over all processes is dL/dw: the
 process with the whole batch would compute. Gradients are therefore summed, not averaged.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

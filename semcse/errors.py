@@ -4,8 +4,6 @@ Exit codes: 0 done; 2 bad usage or bad input (UserError), and nothing was writte
 time (RunError, a full disk), and everything done so far is kept; 130 Ctrl-C; 143 SIGTERM.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

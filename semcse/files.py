@@ -1,7 +1,5 @@
 """Files that survive a kill: atomic writes, journals that grow by whole rows, and file locks."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

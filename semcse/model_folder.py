@@ -4,8 +4,6 @@
 give our vectors. Our marker, `semcse.json`, holds the usage that the model was trained with.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

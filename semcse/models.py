@@ -1,7 +1,5 @@
 """How to use a model: the recipes of the published models (recipes.toml), and `load_model`."""
 
-from __future__ import annotations
-
 import logging
 import tomllib
 from collections.abc import Mapping

@@ -3,8 +3,6 @@ evaluation paper is trained on. Abstracts are compared by sketches (bottom-k Min
 the hashes of their word 8-grams.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import zlib

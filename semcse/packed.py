@@ -11,8 +11,6 @@ The results equal those of transformers' own forward pass (tests/test_packed.py 
 states and gradients). Models for which `supports` is false take their own forward pass.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ A papers file is JSONL in UTF-8, optionally gzipped, with one object per line: `
 `source` (strings) and `visits` (how often an epoch draws the paper). Unknown keys are kept.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

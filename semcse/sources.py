@@ -2,8 +2,6 @@
 parses CSV, JSON and parquet, `pybtex` BibTeX, and `pylatexenc` LaTeX.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import glob

@@ -1,7 +1,5 @@
 """Markdown tables of benchmark results, and the names of the tasks and of a run's result files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

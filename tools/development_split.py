@@ -16,8 +16,6 @@ order of a hash of the id and without near-duplicates. The files are:
                            no paper of the other files and no near-duplicate of one
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ file, to a model folder for `transformers serve`.
     python tools/local_llm.py FOLDER    `make local-llm` runs this in its own environment
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

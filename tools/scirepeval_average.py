@@ -9,8 +9,6 @@ public result files of two of its models (docs/other_harnesses.md). The ninth pr
 has a separate script and result file.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping
