@@ -164,7 +164,7 @@ def test_the_metadata_holds_what_the_hub_reads(run: Path) -> None:
 
 def test_the_text_agrees_with_the_files_of_the_run(run: Path, trained: Path) -> None:
     card = card_of(run)
-    facts, best = files.read_json(run / "settings.json"), read_run(run, "run").best
+    facts, best = files.read_json(run / "settings.json"), read_run(run).best
     rows, papers = table_rows(card), facts["papers"]
     for stem, row in ROWS.items():
         for task, result in files.read_json(run / f"{stem}.json")["tasks"].items():
