@@ -1,26 +1,27 @@
-"""Make report.html, one page about finished runs that works offline, and its plots as PNG files.
+"""Make an offline page of finished runs, report.html: scores, training curves and maps.
 
-The page shows the scores, the training curves, and maps of the evaluation papers.
-
-    python -m semcse.report runs/quickstart-euclidean
-    python -m semcse.report runs/quickstart-euclidean runs/quickstart-cosine
+python -m semcse.report runs/quickstart-euclidean
+python -m semcse.report runs/quickstart-euclidean runs/quickstart-cosine
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import logging
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from semcse import command_line, files
 from semcse.errors import UserError, printable
@@ -31,7 +32,6 @@ from semcse.types import Metric
 
 log = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, Any]
 TASK_NAMES = {
     "title_abstract": "Title to abstract",
     "abstract_segments": "First half to second half",
@@ -52,7 +52,7 @@ FIELD_STYLES = [(colour, marker) for marker in "o^sD" for colour in COLOURS]
 OTHER_FIELDS = ("#B5B5B5", "o")
 MAP_PAPERS, FEWEST_ON_MAP, MAP_NEIGHBOURS = 3_000, 5, 10
 LONGEST_TITLE, LONGEST_FIELD = 300, 60  # characters that the map keeps
-STYLE: Any = {"text.parse_math": False, "font.size": 9.5, "axes.titlesize": 9.5, "axes.grid": True}
+STYLE: Any = {"text.parse_math": False, "font.size": 8.5, "axes.grid": True, "grid.color": "0.9"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def read_run(folder: Path) -> Run:
         rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table_lines(results)]
         cells = dict(zip(results, rows[2:], strict=True))
     except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
-        what = f"{folder}: a file is missing or damaged ({error!r})"
-        raise UserError(what, "run main.py again") from None
+        raise UserError(f"{folder}: missing or bad file ({error!r})", "run main.py again") from None
     return Run(folder, facts, results, cells, metrics, best)
 
 
@@ -148,23 +147,19 @@ def draw_curves(run: Run, figure: Any) -> None:
     plot(distance, "positive_distance", label="the same paper (positive)", color=BLUE)
     plot(rank, "validation_rank", label="held-out papers", color=BLUE, marker="o", markersize=4)
     step, best = run.best["step"], run.best["validation_rank"]
-    label = f"best: {best:.2f} at step {step}, kept"
-    rank.plot(step, best, "D", color=RED, markersize=8, label=label)
+    rank.plot(step, best, "D", color=RED, ms=8, label=f"best: {best:.2f} at step {step}, kept")
     for axes in (loss, distance, rank):
         axes.legend(frameon=False)
 
 
-def layout(vectors: Array, metric: Metric, seed: int) -> Array:
-    """Place (n, d) vectors in the unit square with t-SNE: (n, 2), the longer side is 1.
-
-    For the cosine metric the vectors are normalized first: the squared Euclidean distances of unit
-    vectors are twice their cosine distances.
-    """
+def layout(vectors: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
+    """Place (n, d) vectors in the unit square with t-SNE: (n, 2), the longer side is 1."""
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import normalize
 
     points = vectors.astype(np.float64)
     if metric == "cosine":
+        # The squared Euclidean distances of unit vectors are twice their cosine distances.
         points = normalize(points)
     # PCA fails when all vectors are equal.
     start = "pca" if points.std(axis=0).max() > 1e-9 else "random"
@@ -180,14 +175,12 @@ def map_data(run: Run) -> dict[str, Any]:
     FEWEST_ON_MAP papers. UserError: an npz file of the run is damaged.
     """
     titles, field_of_paper, states = [], [], []
-    for path in [run.folder / f"{stem}.npz" for stem in ROWS]:
+    for path in filter(Path.exists, (run.folder / f"{stem}.npz" for stem in ROWS)):
         try:
             with np.load(path) as stored:
                 titles, field_of_paper = stored["titles"].tolist(), stored["fields"].tolist()
                 if len(titles) >= FEWEST_ON_MAP:
                     states.append(_map_state(run, path.stem, stored["vectors"]))
-        except FileNotFoundError:
-            continue
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             raise UserError(f"{path} is damaged", "delete it or run main.py again") from None
     if not states:
@@ -205,7 +198,7 @@ def map_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _map_state(run: Run, stem: str, vectors: Array) -> dict[str, Any]:
+def _map_state(run: Run, stem: str, vectors: np.ndarray) -> dict[str, Any]:
     """The map of one result file: the papers' places, nearest papers and distances."""
     import torch
 
@@ -248,19 +241,14 @@ def draw_maps(run: Run, figure: Any, data: Mapping[str, Any]) -> None:
 
 def draw(run: Run, data: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write the plots into `folder`, maps.png only if there is `data`; return them in base64."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    drawings: dict[str, Callable[[Run, Any], None]] = {"tasks": draw_tasks, "curves": draw_curves}
+    if data:
+        drawings["maps"] = functools.partial(draw_maps, data=data)
     images = {}
     with matplotlib.rc_context(STYLE):
-        for name in ("tasks", "curves", "maps") if data else ("tasks", "curves"):
+        for name, draw_on in drawings.items():
             figure = Figure(figsize=(4.9, 6.2), layout="constrained")
-            if name == "tasks":
-                draw_tasks(run, figure)
-            elif name == "curves":
-                draw_curves(run, figure)
-            else:
-                draw_maps(run, figure, data)
+            draw_on(run, figure)
             path = folder / f"{name}.png"
             with files.atomic_path(path) as partial:
                 figure.savefig(partial, format="png", dpi=160, bbox_inches="tight")

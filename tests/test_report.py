@@ -360,10 +360,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "is not a finished run": lambda run: (run / "settings.json").unlink(),
     "is not a finished run;": lambda run: (run / "UNFINISHED").touch(),
     "benchmark.json: no such file": lambda run: (run / "benchmark.json").unlink(),
-    "missing or damaged .*FileNotFound": lambda run: (run / "metrics.jsonl").unlink(),
+    "missing or bad .*FileNotFound": lambda run: (run / "metrics.jsonl").unlink(),
     "not readable as JSON": lambda run: (run / "recipe.json").write_text('{"tasks": '),
-    "missing or damaged": lambda run: (run / "recipe.json").write_text("[]"),
-    "missing or damaged .*IndexError": lambda run: (run / "metrics.jsonl").write_text(""),
+    "missing or bad": lambda run: (run / "recipe.json").write_text("[]"),
+    "missing or bad .*IndexError": lambda run: (run / "metrics.jsonl").write_text(""),
     "before.npz is damaged": lambda run: (run / "before.npz").write_bytes(b"PK\3\4 torn"),
     "recipe.npz is damaged": lambda run: report.save_map(
         run / "recipe.npz", papers_of(), np.full((40, 2), np.nan), 0
