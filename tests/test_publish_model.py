@@ -311,14 +311,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "semcse.json: no such file": lambda run: (run / "model/semcse.json").unlink(),
     "sentence-transformers cannot": lambda run: (run / "model/1_Pooling/config.json").unlink(),
     "cannot be loaded": damage_weights,
-    "metric dot": lambda run: change(run / "model/semcse.json", metric="dot"),
+    "another metric": lambda run: change(run / "model/semcse.json", metric="cosine"),
     "model: transformers cannot": lambda run: change_settings(run, pooling="mean"),
     "sentence-transformers .*Mismatched": change_pooling_file,
     "sentence-transformers .* gives other vectors": change_length,
     "sentence-transformers .*Error": lambda run: files.write_json(
         run / "model/modules.json", [{"idx": 0, "name": "0", "path": "", "type": "x.Y"}]
     ),
-    "not written by a run": lambda run: change(run / "settings.json", versions=None),
 }
 
 
