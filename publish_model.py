@@ -79,17 +79,16 @@ def perf_of_rows(run: Run) -> dict[str, float | None]:
 
 def files_to_upload(model: Path, facts: Mapping[str, Any], card: str) -> dict[str, Path | bytes]:
     """The upload: path in the repository -> a file, or new content without paths of this machine."""
-    benchmark, base = facts["run"].results["benchmark"], facts["base"]
+    run, base = facts["run"], facts["base"]
+    benchmark, metric = run.results["benchmark"], run.facts["settings"]["metric"]
     names = {"model": base, "eval_file": Path(benchmark["eval_file"]).name}
-    marker, metric = files.read_json(model / "semcse.json"), facts["s"]["metric"]
-    if marker["metric"] != metric:
+    marker = files.read_json(model / "semcse.json")
+    if marker.get("metric") != metric:
         raise UserError(f"{model}: semcse.json has another metric than the run's, {metric}", FIX)
+    written = {"semcse.json": marker | {"base": base}, "benchmark.json": benchmark | names}
     paths = [path for pattern in UPLOADED for path in sorted(model.glob(pattern))]
     chosen: dict[str, Path | bytes] = {path.relative_to(model).as_posix(): path for path in paths}
-    for name, value in (
-        ("semcse.json", marker | {"base": base}),
-        ("benchmark.json", benchmark | names),
-    ):
+    for name, value in written.items():
         chosen[name] = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     return chosen | {"README.md": card.encode()}
 
@@ -107,8 +106,7 @@ def check_vectors(model: Path, text: str) -> None:
         names: dict[str, Any] = {"print": lambda *_: None}
         try:
             exec(example, names)  # exactly what a reader of the card will run
-            vectors = np.asarray(names["vectors"])
-            np.testing.assert_allclose(vectors, expected, 0, tolerance, equal_nan=False)
+            np.testing.assert_allclose(names["vectors"], expected, 0, tolerance, equal_nan=False)
         # The libraries raise errors of many kinds for files that do not fit together.
         except Exception as error:
             what = f"{model}: {library} cannot use it or gives other vectors than this project"
@@ -124,7 +122,7 @@ def upload(chosen: Mapping[str, Path | bytes], command: Command, token: str) -> 
     try:
         api.create_repo(repo, private=command.private or None, exist_ok=True)
         if command.private and not api.model_info(repo).private:
-            raise PermissionError("the repository exists and is public, --private was given")
+            raise PermissionError("the repository exists and is public, but --private was given")
         return str(api.create_commit(repo, operations, commit_message=message).commit_url)
     # The library, its HTTP client and its storage client raise errors of many kinds.
     except Exception as error:
@@ -138,9 +136,7 @@ def publish(command: Command) -> None:
     """Check the model, write its card, list the files and, unless it is a dry run, upload them."""
     folder = Path(command.run).resolve()
     if not is_hub_id(command.repo_id):
-        raise UserError(
-            f"--repo-id {command.repo_id} is not NAME/REPO", "give one like me/my-model"
-        )
+        raise UserError(f"--repo-id {command.repo_id} is not valid", "write it as NAME/REPO")
     if not folder.is_dir():
         raise UserError(f"--run {command.run}: no such folder", "name a finished run of main.py")
     token = "" if command.dry_run else hub.get_token()

@@ -1,7 +1,4 @@
-"""The model card that publish_model.py uploads: what a run's files say, and "unknown" otherwise.
-
-The text is in model_card.md.j2.
-"""
+"""The model card that publish_model.py uploads. Its text is in model_card.md.j2."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hub
-import jinja2
+from jinja2 import StrictUndefined, Template
 
 from semcse import files
 from semcse.papers import read_papers
@@ -48,7 +45,6 @@ def card_facts(run: Run, **more: Any) -> dict[str, Any]:
     rows = {ROWS[stem]: result for stem, result in run.results.items()}
     facts = {
         "run": run,
-        "s": run.facts["settings"],
         "rows": ROWS,
         "table": table_lines(rows, more["perf"]),
         "notes": notes_on(benchmark | {"eval_file": code(Path(benchmark["eval_file"]).name)}),
@@ -57,7 +53,7 @@ def card_facts(run: Run, **more: Any) -> dict[str, Any]:
 
 
 def _base_model(run: Run) -> dict[str, str]:
-    """The encoder's name, its id on the Hub and its licence; empty where they are unknown."""
+    """The encoder's id on the Hub, or its name, and its licence; empty if it is unknown."""
     from semcse.models import find_recipe
 
     encoder = run.facts["settings"]["encoder"]
@@ -65,7 +61,6 @@ def _base_model(run: Run) -> dict[str, str]:
     base = recipe.hub_id if recipe else public_name(encoder)
     return {
         "base": base,
-        "base_id": base if "/" in base else "",
         "base_licence": recipe.licence.replace("unknown", "") if recipe else "",
     }
 
@@ -115,9 +110,7 @@ def code(value: object) -> str:
 def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
     """The card without metadata. Its Python examples embed `texts` with the model `name`."""
     text = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    template = jinja2.Template(
-        text, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    template = Template(text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = str(template.render(facts, name=name, texts=texts, code=code, literal=repr))
     return card.strip() + "\n"
 
@@ -133,7 +126,7 @@ def model_card(facts: Mapping[str, Any], repo_id: str) -> str:
         pipeline_tag="sentence-similarity",
         tags=TAGS.split(),
         datasets=sorted(known) or None,
-        base_model=facts["base_id"] or None,
+        base_model=facts["base"] if "/" in facts["base"] else None,
         model_name=repo_id.split("/")[1],
         eval_results=list(eval_results(facts["run"].results["benchmark"])),
     )

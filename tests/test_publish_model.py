@@ -457,7 +457,7 @@ def test_private_refuses_a_public_repository(stub: HubStub) -> None:
 @pytest.mark.parametrize("name", ["my-semcse", "a/b/c", "a/b c", "../b", "a/b\nlicense: x", 'a/b"'])
 def test_names_that_the_hub_does_not_accept(name: str, tmp_path: Path) -> None:
     assert is_hub_id(REPO)
-    with pytest.raises(UserError, match="is not NAME/REPO"):
+    with pytest.raises(UserError, match="is not valid; write it as NAME/REPO"):
         publish(Command(str(tmp_path), name, dry_run=True))
 
 
