@@ -78,7 +78,7 @@ def perf_of_rows(run: Run) -> dict[str, float | None]:
 
 
 def files_to_upload(model: Path, facts: Mapping[str, Any], card: str) -> dict[str, Path | bytes]:
-    """The upload: path in the repository -> a file, or new content without paths of this machine."""
+    """The upload: path in the repository -> file, or content without paths of this machine."""
     run, base = facts["run"], facts["base"]
     benchmark, metric = run.results["benchmark"], run.facts["settings"]["metric"]
     names = {"model": base, "eval_file": Path(benchmark["eval_file"]).name}

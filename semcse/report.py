@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
 from semcse import command_line, files
 from semcse.errors import UserError, printable
@@ -241,6 +239,9 @@ def draw_maps(run: Run, figure: Any, data: Mapping[str, Any]) -> None:
 
 def draw(run: Run, data: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write the plots into `folder`, maps.png only if there is `data`; return them in base64."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     drawings: dict[str, Callable[[Run, Any], None]] = {"tasks": draw_tasks, "curves": draw_curves}
     if data:
         drawings["maps"] = functools.partial(draw_maps, data=data)
@@ -285,7 +286,7 @@ class Command:
     """Make report.html and plots/*.png of one or several finished runs."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders that main.py has finished
-    output_dir: Path | None = None  # where to write; default: the run folder, or runs/report
+    output_dir: Path | None = None  # where to write; None: the run folder, or runs/report
 
 
 def main() -> None:
