@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hub  # imports its parts when they are first used
-import jinja2
 import numpy as np
 import tyro
 
@@ -38,9 +37,8 @@ log = logging.getLogger(__name__)
 # Only these files of the model folder are uploaded, never checkpoints, optimizer states or notes.
 UPLOADED = (
     "semcse.json config.json modules.json 1_Pooling/config.json sentence_bert_config.json"
-    " config_sentence_transformers.json model.safetensors model-?????-of-?????.safetensors"
-    " model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json"
-    " added_tokens.json vocab.txt vocab.json merges.txt *.model"
+    " config_sentence_transformers.json model*.safetensors model.safetensors.index.json vocab.json"
+    " tokenizer*.json special_tokens_map.json added_tokens.json vocab.txt merges.txt *.model"
 ).split()
 FIX = "publish a model folder as main.py wrote it"
 TOLERANCE = 1e-5  # largest difference of a vector, relative to the largest value above 1
@@ -62,14 +60,13 @@ class Command:
     repo_id: str = tyro.MISSING  # repository NAME/REPO; created if it does not exist
     private: bool = False  # create a private repository; refuse an existing public one
     dry_run: bool = False  # only write <run>/model_card.md and list the files; needs no token
-    license: str = ""  # license of the model (apache-2.0, say); empty: the base model's
-    llm_license: str = ""  # license of the summaries that a language model wrote; empty: unknown
+    license: str = ""  # licence of the model (apache-2.0, say); empty: the base model's
+    llm_license: str = ""  # licence of the summaries that a language model wrote; empty: unknown
 
 
 def perf_of_rows(run: Run) -> dict[str, float | None]:
-    """Perf of each row of the card's table.
-
-    Empty if a task has no data, or if two rows are the same use of the same model.
+    """Perf of each row of the card's table; empty if a task has no data, or if two rows are equal
+    because the recipe uses the model in the same way.
     """
     scores = {
         ROWS[stem]: {task: result["tasks"][task][main_score(task)] for task in TASKS}
@@ -81,35 +78,24 @@ def perf_of_rows(run: Run) -> dict[str, float | None]:
 
 
 def files_to_upload(model: Path, facts: Mapping[str, Any], card: str) -> dict[str, Path | bytes]:
-    """The files of the upload: path in the repository -> a file, or the content of one that would
-    name paths of this machine as it is.
-    """
-    benchmark = facts["run"].results["benchmark"]
-    base, eval_file = facts["base"], Path(benchmark["eval_file"]).name
-    written = {
-        "semcse.json": files.read_json(model / "semcse.json") | {"base": base},
-        "benchmark.json": benchmark | {"model": base, "eval_file": eval_file},
-    }
-    chosen: dict[str, Path | bytes] = {
-        path.relative_to(model).as_posix(): path
-        for pattern in UPLOADED
-        for path in sorted(model.glob(pattern))
-        if path.is_file()
-    }
+    """The upload: path in the repository -> file, or content without paths of this machine."""
+    run, base = facts["run"], facts["base"]
+    benchmark, metric = run.results["benchmark"], run.facts["settings"]["metric"]
+    names = {"model": base, "eval_file": Path(benchmark["eval_file"]).name}
+    marker = files.read_json(model / "semcse.json")
+    if marker.get("metric") != metric:
+        raise UserError(f"{model}: semcse.json has another metric than the run's, {metric}", FIX)
+    written = {"semcse.json": marker | {"base": base}, "benchmark.json": benchmark | names}
+    paths = [path for pattern in UPLOADED for path in sorted(model.glob(pattern))]
+    chosen: dict[str, Path | bytes] = {path.relative_to(model).as_posix(): path for path in paths}
     for name, value in written.items():
         chosen[name] = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     return chosen | {"README.md": card.encode()}
 
 
 def check_vectors(model: Path, text: str) -> None:
-    """Run the two Python examples of a card, and compare their vectors with this project's.
-
-    Args:
-        model: the model folder.
-        text: a card whose examples embed PROBES with that folder.
-
-    Raises:
-        UserError: an example fails or gives other vectors.
+    """Run the two Python examples of a card that embed PROBES with the folder `model`, and raise a
+    UserError if their vectors are not those of this project.
     """
     from semcse.models import load_model
 
@@ -120,8 +106,7 @@ def check_vectors(model: Path, text: str) -> None:
         names: dict[str, Any] = {"print": lambda *_: None}
         try:
             exec(example, names)  # exactly what a reader of the card will run
-            vectors = np.asarray(names["vectors"])
-            np.testing.assert_allclose(vectors, expected, 0, tolerance, equal_nan=False)
+            np.testing.assert_allclose(names["vectors"], expected, 0, tolerance, equal_nan=False)
         # The libraries raise errors of many kinds for files that do not fit together.
         except Exception as error:
             what = f"{model}: {library} cannot use it or gives other vectors than this project"
@@ -130,58 +115,41 @@ def check_vectors(model: Path, text: str) -> None:
 
 
 def upload(chosen: Mapping[str, Path | bytes], command: Command, token: str) -> str:
-    """Upload everything in one commit and return its address; create the repository if needed.
-
-    Raises:
-        RunError: the Hub refused the upload or was not reached, or the repository is public.
-    """
+    """Upload everything in one commit and return its address; create the repository if needed."""
     api, repo = hub.HfApi(token=token), command.repo_id
+    operations = [hub.CommitOperationAdd(name, content) for name, content in chosen.items()]
+    message = "Upload the model, its card and its benchmark"
     try:
         api.create_repo(repo, private=command.private or None, exist_ok=True)
-        public = command.private and not api.model_info(repo).private
-        if not public:
-            operations = [hub.CommitOperationAdd(name, content) for name, content in chosen.items()]
-            message = "Upload the model, its card and its benchmark"
-            return str(api.create_commit(repo, operations, commit_message=message).commit_url)
+        if command.private and not api.model_info(repo).private:
+            raise PermissionError("the repository exists and is public, but --private was given")
+        return str(api.create_commit(repo, operations, commit_message=message).commit_url)
     # The library, its HTTP client and its storage client raise errors of many kinds.
     except Exception as error:
         # A server may repeat the token that it was sent.
         what = f"{type(error).__name__}: {error}".replace(token, "***")[:300]
         fix = "check the network, --repo-id and that the token may write there, then run it again"
         raise RunError(f"{repo} was not uploaded ({what})", fix) from None
-    fix = "make it private on the Hub, omit --private, or name another --repo-id"
-    raise RunError(f"{repo} exists and is public", fix)
 
 
 def publish(command: Command) -> None:
     """Check the model, write its card, list the files and, unless it is a dry run, upload them."""
     folder = Path(command.run).resolve()
     if not is_hub_id(command.repo_id):
-        fix = "name the account and the repository, as in someone/my-semcse"
-        raise UserError(f"--repo-id {command.repo_id} is not NAME/REPO", fix)
+        raise UserError(f"--repo-id {command.repo_id} is not valid", "write it as NAME/REPO")
     if not folder.is_dir():
         raise UserError(f"--run {command.run}: no such folder", "name a finished run of main.py")
     token = "" if command.dry_run else hub.get_token()
     if token is None:
-        fix = "set HF_TOKEN or run hf auth login; --dry-run needs no token"
-        raise UserError("no token for the Hugging Face Hub", fix)
+        raise UserError("no token for the Hugging Face Hub", "set HF_TOKEN or run hf auth login")
     # The lock keeps a new run from replacing this one meanwhile.
     with files.lock(folder.with_name(f".{folder.name}.lock")):
-        run, model = read_run(folder, folder.name), folder / "model"
-        try:
-            facts = card_facts(
-                run,
-                folder,
-                perf=perf_of_rows(run),
-                sample=run.facts["settings"]["train_file"] == Settings.train_file,
-                license=command.license,
-                llm_license=command.llm_license,
-            )
-            card = model_card(facts, command.repo_id)
-            chosen = files_to_upload(model, facts, card)
-        except (AttributeError, KeyError, TypeError, ValueError, jinja2.UndefinedError) as error:
-            what = f"{folder}: its JSON files were not written by a run ({error!r})"
-            raise UserError(what, "run main.py again") from None
+        run, model = read_run(folder), folder / "model"
+        sample = run.facts["settings"]["train_file"] == Settings.train_file
+        licences = {"license": command.license, "llm_license": command.llm_license}
+        facts = card_facts(run, perf=perf_of_rows(run), sample=sample, **licences)
+        card = model_card(facts, command.repo_id)
+        chosen = files_to_upload(model, facts, card)
         check_vectors(model, card_text(facts, str(model), PROBES))
         files.write_text(folder / "model_card.md", card)
         for name, content in chosen.items():

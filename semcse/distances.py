@@ -1,4 +1,4 @@
-"""Distances between vectors, and exact ranks and nearest neighbors.
+"""Distances between vectors, and exact ranks and nearest neighbours.
 
 `ranks` and `nearest` work block by block, so memory does not grow with queries x candidates. In a
 block, a float64 matrix product gives the squared distances |q|^2 + |c|^2 - 2 q.c and a bound on
@@ -92,9 +92,9 @@ def nearest(
     Args:
         queries: (n, d) float32.
         candidates: (m, d) float32.
-        k: number of neighbors, at least 1.
+        k: number of neighbours, at least 1.
         metric: the distance.
-        excluded: (n,) index of a candidate that is not a neighbor (the query itself), or -1.
+        excluded: (n,) index of a candidate that is not a neighbour (the query itself), or -1.
 
     Returns:
         (n, k) float64 distances in ascending order and (n, k) int64 indices; infinity and -1 where

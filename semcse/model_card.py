@@ -1,18 +1,14 @@
-"""The model card that publish_model.py uploads: what is known about a run, as Markdown.
-
-The text is in model_card.md.j2. It says what the run's files say, and "unknown" where they do not.
-"""
+"""The model card that publish_model.py uploads. Its text is in model_card.md.j2."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hub
-import jinja2
+from jinja2 import StrictUndefined, Template
 
 from semcse import files
 from semcse.papers import read_papers
@@ -24,13 +20,12 @@ TAGS = "sentence-transformers sentence-similarity feature-extraction semcse scie
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is the id of a repository on the Hub, NAME/REPO."""
-    # huggingface_hub reads its environment variables at the first import of these.
-    from huggingface_hub.errors import HFValidationError
+    # huggingface_hub reads its environment variables when this is first imported.
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except ValueError:
         return False
     return name.count("/") == 1
 
@@ -40,28 +35,25 @@ def public_name(name: str) -> str:
     return name if is_hub_id(name) and not Path(name).exists() else Path(name).name
 
 
-def card_facts(run: Run, folder: Path, **more: Any) -> dict[str, Any]:
+def card_facts(run: Run, **more: Any) -> dict[str, Any]:
     """Everything that the card's template needs, except the model's name and the example texts.
 
-    Args:
-        run: the run that was read from `folder`.
-        more: `perf` (row of the table -> Perf, or empty), `sample` (whether the run was trained on
-            the sample papers), `license` and `llm_license` (empty if unknown).
+    `more` holds `perf` (row of the table -> Perf, or empty), `sample` (whether the run was trained
+    on the sample papers), `license` and `llm_license` (empty if unknown).
     """
     benchmark = run.results["benchmark"]
     rows = {ROWS[stem]: result for stem, result in run.results.items()}
     facts = {
         "run": run,
-        "s": run.facts["settings"],
         "rows": ROWS,
         "table": table_lines(rows, more["perf"]),
         "notes": notes_on(benchmark | {"eval_file": code(Path(benchmark["eval_file"]).name)}),
     }
-    return facts | _base_model(run) | _training_data(run, folder) | more
+    return facts | _base_model(run) | _training_data(run) | more
 
 
 def _base_model(run: Run) -> dict[str, str]:
-    """The encoder's name, its id on the Hub and its license; empty where they are unknown."""
+    """The encoder's id on the Hub, or its name, and its licence; empty if it is unknown."""
     from semcse.models import find_recipe
 
     encoder = run.facts["settings"]["encoder"]
@@ -69,37 +61,32 @@ def _base_model(run: Run) -> dict[str, str]:
     base = recipe.hub_id if recipe else public_name(encoder)
     return {
         "base": base,
-        "base_id": base if "/" in base else "",
-        "base_license": recipe.licence.replace("unknown", "") if recipe else "",
+        "base_licence": recipe.licence.replace("unknown", "") if recipe else "",
     }
 
 
-def _training_data(run: Run, folder: Path) -> dict[str, Any]:
+def _training_data(run: Run) -> dict[str, Any]:
     """The sources of the training papers, and the language model that wrote their summaries.
 
     Both are empty if the training file was changed after the run began.
     """
     path = Path(run.facts["settings"]["train_file"])
     report, sources, writer = Path(f"{path}.report.json"), set[str](), ""
-    if path.is_file() and path.stat().st_mtime <= (folder / "settings.json").stat().st_mtime:
+    if path.is_file() and path.stat().st_mtime <= (run.folder / "settings.json").stat().st_mtime:
         sources = {paper.source for paper in read_papers(path, skip_invalid=True)} - {""}
         if report.is_file():
             writer = public_name(str(files.read_json(report).get("model", "")))
     return {"sources": sorted(sources), "writer": writer}
 
 
-def eval_results(benchmark: Mapping[str, Any]) -> list[hub.EvalResult]:
+def eval_results(benchmark: Mapping[str, Any]) -> Iterator[hub.EvalResult]:
     """The scores of the four tasks as the Hub stores them."""
-    found = []
     for task, scores in benchmark["tasks"].items():
-        pool = f"pool {scores.get('pool')}, higher is better"
-        names = {
-            key: f"{key.replace('_', ' ')}, {pool}"
-            for key in ("mrr", "recall_at_1", "recall_at_10")
-        }
-        for key, name in ({main_score(task): describe_score(task, scores)} | names).items():
+        for key in (main_score(task), "mrr", "recall_at_1", "recall_at_10"):
+            main = key == main_score(task)
+            name = f"{key.replace('_', ' ')}, pool {scores.get('pool')}, higher is better"
             if scores.get(key) is not None:
-                result = hub.EvalResult(
+                yield hub.EvalResult(
                     task_type="clustering" if task == "clustering" else "information-retrieval",
                     dataset_type="unknown",
                     dataset_name=Path(benchmark["eval_file"]).name,
@@ -108,11 +95,9 @@ def eval_results(benchmark: Mapping[str, Any]) -> list[hub.EvalResult]:
                     task_name=TASK_NAMES[task],
                     metric_type=key,
                     metric_value=scores[key],
-                    metric_name=name,
-                    metric_args={"ci95": scores["ci95"]} if key == main_score(task) else None,
+                    metric_name=describe_score(task, scores) if main else name,
+                    metric_args={"ci95": scores["ci95"]} if main else None,
                 )
-                found.append(result)
-    return found
 
 
 def code(value: object) -> str:
@@ -123,32 +108,27 @@ def code(value: object) -> str:
 
 
 def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
-    """The card without its metadata. Its two Python examples load the model `name` and embed
-    `texts`.
-    """
+    """The card without metadata. Its Python examples embed `texts` with the model `name`."""
     text = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    template = jinja2.Template(
-        text, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    functions = {"code": code, "literal": lambda value: json.dumps(value, ensure_ascii=False)}
-    card = str(template.render(facts, name=name, texts=texts, **functions))
+    template = Template(text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    card = str(template.render(facts, name=name, texts=texts, code=code, literal=repr))
     return card.strip() + "\n"
 
 
 def model_card(facts: Mapping[str, Any], repo_id: str) -> str:
     """The whole card: the metadata that the Hub reads, then the text."""
     # Other sources may be folders of this machine, whose names look like Hub ids.
-    known = [one.split()[0] for one in facts["sources"] if one.startswith("allenai/scirepeval")]
+    known = {one.split()[0] for one in facts["sources"] if one.startswith("allenai/scirepeval")}
     data = hub.ModelCardData(
         language="en",
-        license=facts["license"] or facts["base_license"] or None,
+        license=facts["license"] or facts["base_licence"] or None,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=TAGS.split(),
-        datasets=sorted(set(known)) or None,
-        base_model=facts["base_id"] or None,
+        datasets=sorted(known) or None,
+        base_model=facts["base"] if "/" in facts["base"] else None,
         model_name=repo_id.split("/")[1],
-        eval_results=eval_results(facts["run"].results["benchmark"]),
+        eval_results=list(eval_results(facts["run"].results["benchmark"])),
     )
     text = card_text(facts, repo_id, ["first abstract", "second abstract"])
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
