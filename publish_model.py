@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 # Only these files of the model folder are uploaded, never checkpoints, optimizer states or notes.
 UPLOADED = (
     "semcse.json config.json modules.json 1_Pooling/config.json sentence_bert_config.json"
-    " config_sentence_transformers.json model*.safetensors model.safetensors.index.json vocab.json"
-    " tokenizer*.json special_tokens_map.json added_tokens.json vocab.txt merges.txt *.model"
+    " config_sentence_transformers.json model.safetensors model-?????-of-?????.safetensors"
+    " model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json"
+    " added_tokens.json vocab.json vocab.txt merges.txt *.model"
 ).split()
 FIX = "publish a model folder as main.py wrote it"
 TOLERANCE = 1e-5  # largest difference of a vector, relative to the largest value above 1

@@ -35,9 +35,9 @@ class Command:
     vectors: str = ""  # .npy or .parquet file that embed_papers.py wrote
     query: tuple[str, ...] = ()  # text to search for; may be repeated
     queries: str = ""  # file with one query text per line; "-" for standard input
-    id: tuple[str, ...] = ()  # paper id to search neighbors of (without itself); may be repeated
-    k: Annotated[int, arg(aliases=("-k",))] = 10  # neighbors per query
-    json: bool = False  # print one JSON object per neighbor instead of tables
+    id: tuple[str, ...] = ()  # paper id to search neighbours of (without itself); may be repeated
+    k: Annotated[int, arg(aliases=("-k",))] = 10  # neighbours per query
+    json: bool = False  # print one JSON object per neighbour instead of tables
     model: str = ""  # where the model is, if it is not where VECTORS.json says
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
@@ -114,7 +114,7 @@ def format_hits(query: str, hits: list[dict[str, Any]], as_json: bool) -> Iterat
 
 
 def search(command: Command) -> None:
-    """Embeds the queries, finds their neighbors and prints them."""
+    """Embeds the queries, finds their neighbours and prints them."""
     import torch
 
     from semcse.distances import nearest
@@ -135,9 +135,9 @@ def search(command: Command) -> None:
         found = nearest(queries, vectors, k, about["metric"], excluded)
     except ValueError as error:
         raise UserError(f"{command.vectors}: {error}", "embed the papers again") from None
-    for query, distances, neighbors in zip([*texts, *command.id], *found, strict=True):
-        neighbors = neighbors[neighbors >= 0]  # there may be fewer than k
-        hits = papers.select(["id", "title"]).take(neighbors.numpy()).to_pylist()
+    for query, distances, neighbours in zip([*texts, *command.id], *found, strict=True):
+        neighbours = neighbours[neighbours >= 0]  # there may be fewer than k
+        hits = papers.select(["id", "title"]).take(neighbours.numpy()).to_pylist()
         hits = [{"distance": d} | hit for d, hit in zip(distances.tolist(), hits, strict=False)]
         sys.stdout.writelines(format_hits(query, hits, command.json))
 

@@ -20,13 +20,13 @@ to a query q, which has one positive p among them:
     mrr              mean reciprocal rank: mean of 1 / rank(q); 1 is best
     recall_at_k      share of the queries with rank(q) <= k, for k = 1 and 10; 1 is best
 
-The task "clustering" looks for the k = 10 nearest neighbors of an abstract among the abstracts of
+The task "clustering" looks for the k = 10 nearest neighbours of an abstract among the abstracts of
 all other papers with a field, such as "Physics". Its score "purity" is the mean over all queries
-of the share of the k neighbors that have the query's field; 1 is best. Papers whose field has at
+of the share of the k neighbours that have the query's field; 1 is best. Papers whose field has at
 most k papers are no queries.
 
 These definitions, the halves and k are our choices: the authors' README, model card and main.py do
-not contain them. `semcse/distances.py` computes exact ranks and neighbors block by block.
+not contain them. `semcse/distances.py` computes exact ranks and neighbours block by block.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") 
     Args:
         encoder: the model; its `usage` gives the distance and the prompts.
         papers: at least two, with title and abstract; `query` and `field` may be empty.
-        seed: seed of the bootstrap, and of the order of neighbors at exactly the same distance.
+        seed: seed of the bootstrap, and of the order of neighbours at exactly the same distance.
         label: name on the progress bars; no bars if empty.
     """
     started = time.perf_counter()
@@ -193,8 +193,8 @@ def clustering(
     if not len(queries):
         return {"purity": None, "reason": f"no field has more than {k} papers"}, purity
     vectors, rows = abstracts[torch.from_numpy(labelled)], torch.from_numpy(queries)
-    _, neighbors = nearest(vectors[rows], vectors, k, metric, excluded=rows)
-    same_field = field[neighbors.numpy()] == field[queries][:, None]  # (queries, k)
+    _, neighbours = nearest(vectors[rows], vectors, k, metric, excluded=rows)
+    same_field = field[neighbours.numpy()] == field[queries][:, None]  # (queries, k)
     purity[labelled[queries]] = same_field.mean(axis=1)
     scores = {
         "purity": float(same_field.mean()),

@@ -50,8 +50,8 @@ def table_lines(
 
 
 def _head(task: str, result: Mapping[str, Any]) -> str:
-    neighbors = f", k {result['k']}" if "k" in result else ""
-    pool = f" (pool {result['pool']}{neighbors})" if "pool" in result else ""
+    neighbours = f", k {result['k']}" if "k" in result else ""
+    pool = f" (pool {result['pool']}{neighbours})" if "pool" in result else ""
     return f"{task}{pool} {'higher' if task == 'clustering' else 'lower'} is better"
 
 

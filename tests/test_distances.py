@@ -1,4 +1,4 @@
-"""Distances, ranks and neighbors against numbers computed by hand, exact rational arithmetic, brute
+"""Distances, ranks and neighbours against numbers computed by hand, exact rational arithmetic, brute
 force and scikit-learn.
 
 Float32 vectors are rational numbers, so there is one true answer to which of two candidates is
@@ -210,7 +210,7 @@ NO_DIRECTION = {("cosine", "tiny unit")}
 @pytest.mark.parametrize(
     "metric, name", [case for case in itertools.product(METRICS, HARD) if case not in NO_DIRECTION]
 )
-def test_ranks_and_neighbors_are_exact_where_float32_is_not(
+def test_ranks_and_neighbours_are_exact_where_float32_is_not(
     metric: Metric, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_blocks(monkeypatch, 5, 13)
@@ -352,7 +352,7 @@ def test_nearest_agree_with_scikit_learn(metric: Metric) -> None:
     peer.fit(candidates.double().numpy())
     for (found_distances, found), (peer_distances, peer_found) in (
         (nearest(queries, candidates, 10, metric), peer.kneighbors(queries.double().numpy())),
-        # Without queries: the neighbors of each candidate, without itself.
+        # Without queries: the neighbours of each candidate, without itself.
         (
             nearest(candidates, candidates, 10, metric, excluded=torch.arange(300)),
             peer.kneighbors(),

@@ -105,7 +105,7 @@ def test_mteb_scores_a_trained_folder_by_its_own_distance(
         encoder.usage = Usage("mean", each, 48)
         ours[each] = evaluate(encoder, papers, 0).report["tasks"]["title_abstract"]["mrr"]
     other = "cosine" if metric == "euclidean" else "euclidean"
-    assert found == pytest.approx(ours[metric], abs=1e-3)  # float32 may swap two near neighbors
+    assert found == pytest.approx(ours[metric], abs=1e-3)  # float32 may swap two near neighbours
     assert abs(found - ours[other]) > 5e-3
 
 
@@ -177,7 +177,7 @@ def scirepeval(tmp_path: Path) -> Path:
 
 
 def check(results: Path, encoder: Encoder) -> None:
-    """SciRepEval orders the neighbors of every paper as the model's own distance does on the same
+    """SciRepEval orders the neighbours of every paper as the model's own distance does on the same
     texts; its vectors differ from the model's in their length at most.
     """
     found = json.loads(results.read_text(encoding="utf-8"))["RELISH"]

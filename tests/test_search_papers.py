@@ -109,8 +109,10 @@ def test_texts_are_embedded_as_the_metadata_say(
     path = embedded(tmp_path, tmp_path / "model", 12)
     texts = ["market theory", "voter 3"]
     queries = encoder.embed(texts, "soil soil ").vectors
-    distances, neighbors = nearest(queries, torch.from_numpy(np.load(path)), 4, "cosine")
-    wanted = [(texts[i // 4], f"paper-{row}") for i, row in enumerate(neighbors.flatten().tolist())]
+    distances, neighbours = nearest(queries, torch.from_numpy(np.load(path)), 4, "cosine")
+    wanted = [
+        (texts[i // 4], f"paper-{row}") for i, row in enumerate(neighbours.flatten().tolist())
+    ]
     (tmp_path / "both.txt").write_text("market theory\n\nvoter 3\n", encoding="utf-8")
     (tmp_path / "one.txt").write_text("voter 3\n", encoding="utf-8")
     for words in (

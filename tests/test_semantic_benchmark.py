@@ -289,7 +289,7 @@ TEXTS = ("Title", "Abstract")
 
 def test_clustering_by_hand() -> None:
     papers, fake = in_fields()
-    # The papers of A at 0..5 have ten neighbors of A. From 6 on, papers of C are among them: one at
+    # The papers of A at 0..5 have ten neighbours of A. From 6 on, papers of C are among them: one at
     # 6, two at 7, three at 8, 9 and 10. D has 9 other papers for each, C has 2: no queries.
     shares = [1.0] * 6 + [0.9, 0.8, 0.7, 0.7, 0.7]
     by_hand = {f"p{place}": share for place, share in enumerate(shares)}
@@ -331,7 +331,7 @@ def test_a_collapsed_model_has_the_middle_rank(metric: Metric, vector: Sequence[
 def test_a_collapsed_model_clusters_by_chance_not_by_the_order_of_the_file() -> None:
     vectors, fields = torch.ones(60, 2), [paper.field for paper in collapsible_papers()]
     scores = [clustering(vectors, fields, "euclidean", seed)[0]["purity"] for seed in range(25)]
-    chance = (48 * 47 + 12 * 11) / (60 * 59)  # 0.675; neighbors in the order of the file give 0.2
+    chance = (48 * 47 + 12 * 11) / (60 * 59)  # 0.675; neighbours in the order of the file give 0.2
     assert np.mean(scores) == pytest.approx(chance, abs=0.06)
 
 

@@ -80,8 +80,8 @@ def plain_purities(papers: list[Paper], use: Vectors, metric: Metric, k: int = 1
     points = np.array([use[paper.abstract] for paper in labelled])
     index = NearestNeighbors(n_neighbors=k + 1, algorithm="brute", metric=metric).fit(points)
     shares = []
-    for place, neighbors in enumerate(index.kneighbors(points, return_distance=False)):
-        others = [labelled[other].field for other in neighbors if other != place][:k]
+    for place, neighbours in enumerate(index.kneighbors(points, return_distance=False)):
+        others = [labelled[other].field for other in neighbours if other != place][:k]
         if sizes[labelled[place].field] > k:
             shares.append(others.count(labelled[place].field) / k)
     return shares
