@@ -1,4 +1,4 @@
-"""Distances, ranks and neighbours against numbers computed by hand, exact rational arithmetic, brute
+"""Distances, ranks and neighbours against numbers computed by hand, rational arithmetic, brute
 force and scikit-learn.
 
 Float32 vectors are rational numbers, so there is one true answer to which of two candidates is

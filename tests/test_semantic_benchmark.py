@@ -289,8 +289,8 @@ TEXTS = ("Title", "Abstract")
 
 def test_clustering_by_hand() -> None:
     papers, fake = in_fields()
-    # The papers of A at 0..5 have ten neighbours of A. From 6 on, papers of C are among them: one at
-    # 6, two at 7, three at 8, 9 and 10. D has 9 other papers for each, C has 2: no queries.
+    # The papers of A at 0..5 have ten neighbours of A. From 6 on, papers of C are among them: one
+    # at 6, two at 7, three at 8, 9 and 10. D has 9 other papers for each, C has 2: no queries.
     shares = [1.0] * 6 + [0.9, 0.8, 0.7, 0.7, 0.7]
     by_hand = {f"p{place}": share for place, share in enumerate(shares)}
     by_hand |= {f"p{place}": 1.0 for place in range(100, 111)}
