@@ -16,10 +16,8 @@ import sys
 from dataclasses import dataclass
 
 from semcse import command_line
-from semcse.batch_api import BatchRun
 from semcse.errors import UserError
-from semcse.generation import GenerationRun, GenerationTask, Prompt, generate_texts
-from semcse.generation_flags import GenerationFlags
+from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
 # A summary is one sentence that says which paper it belongs to even without the abstract. The
 # instructions are few, and the last one is in the task, because small models follow what they read
@@ -68,16 +66,16 @@ def main() -> None:
             "give at least 2, because training needs pairs",
         )
     command_line.log_to_stderr()
-    views = {"all at once": ALL_AT_ONCE} if command.structured else VIEWS
     task = GenerationTask(
         key="summaries",
-        prompts=tuple(Prompt(name, SYSTEM, text) for name, text in views.items()),
+        system=SYSTEM,
+        prompts={"all at once": ALL_AT_ONCE} if command.structured else VIEWS,
         texts=command.summaries_per_abstract,
         min_texts=2,
         words=(6, 80),
         structured=command.structured,
     )
-    generate_texts(command, task, BatchRun if command.batch else GenerationRun)
+    generate_texts(command, task)
 
 
 if __name__ == "__main__":
