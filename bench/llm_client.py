@@ -107,7 +107,7 @@ def measure() -> dict[str, Any]:
             ours = measure_cost(lambda: run.send(stop))
             assert run.count["accepted"] == REQUESTS
             bodies = [
-                run.body(paper, [0, 1, 2, 3], [i]) for paper in run.papers() for i in range(4)
+                run.body(paper, [0, 1, 2, 3], [i]) for paper, _ in run.papers() for i in range(4)
             ]
         theirs = measure_cost(lambda: plain_gather(url, bodies))
     return {

@@ -67,8 +67,8 @@ class BatchRun(GenerationRun):
             self.uploads.setdefault(row["file"], {}).update(row)
         self.uploads = {file: row for file, row in self.uploads.items() if "done" not in row}
         others = self._in_progress()
-        for paper in self.papers() if others else ():
-            others.difference_update(self.keys(paper))
+        for _, keys in self.papers() if others else ():
+            others.difference_update(keys)
         if others:
             raise UserError(
                 f"{self.path}: {len(others)} requests in progress are not of this command"
@@ -180,18 +180,19 @@ class BatchRun(GenerationRun):
     def _batches(self) -> dict[str, Any]:
         """Return uploaded file -> its batch, which is created unless an earlier try did that."""
         batches, known = {}, dict[str, str]()
-        with llm.translated_errors():
-            if any("batch" not in row for row in self.uploads.values()):
+        if any("batch" not in row for row in self.uploads.values()):
+            with llm.translated_errors():
                 known = {one.input_file_id: one.id for one in self.api.batches.list(limit=100)}
-            for file, row in self.uploads.items():
+        for file, row in self.uploads.items():
+            with llm.translated_errors():
                 if batch := row.get("batch") or known.get(file):
                     batches[file] = self.api.batches.retrieve(batch)
                 else:  # no retries: if the response is lost, a retry would create a second batch
                     batches[file] = self.api.with_options(max_retries=0).batches.create(
                         input_file_id=file, endpoint=ENDPOINT, completion_window="24h"
                     )
-                if "batch" not in row:
-                    self._note(file, batch=batches[file].id)
+            if "batch" not in row:
+                self._note(file, batch=batches[file].id)
         return batches
 
     def _collect_ended(self, bar: tqdm[Any]) -> bool:
@@ -208,7 +209,7 @@ class BatchRun(GenerationRun):
         for file, batch in ended.items():
             if batch.status != "failed":
                 self._collect(file, batch)
-                self.answers.journal.sync()
+                self.answers.sync()
             self._note(file, done=True)
             size = len(self.uploads.pop(file)["keys"])
             if batch.status in ("cancelled", "failed"):

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import re
-import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -45,8 +44,7 @@ GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight, because they are
 CHARS_PER_TOKEN = 4  # a rule of thumb for English, for estimates of costs
 BATCH_PRICE = 0.5  # what a token costs in a batch, as a share of its usual price [OpenAI]
 TOKENS = ("prompt_tokens", "completion_tokens")
-COUNTS = ("papers", "texts", "missing", "requests", "accepted", "failed")  # of a run
-COUNTS += ("papers_written", "papers_failed", *TOKENS)
+COUNTS = "papers texts missing requests accepted failed papers_written papers_failed".split()
 BASE_URL = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?", re.I)
 # The smallest and the largest value of each number.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -64,9 +62,7 @@ class GenerationFlags:
     """The flags that the scripts share which use a language model."""
 
     input: Path = tyro.MISSING  # papers file with abstracts
-    # Papers file to write, gzipped if its name ends in .gz. The journal, the list of failures and
-    # the report are written next to it.
-    output: Path = tyro.MISSING
+    output: Path = tyro.MISSING  # papers file to write, gzipped if its name ends in .gz
     # OpenAI-compatible server, such as http://127.0.0.1:8000/v1. Repeat the flag to share the work
     # among several servers. The environment variable OPENAI_API_KEY holds their key.
     base_url: tuple[str, ...] = ()
@@ -80,17 +76,11 @@ class GenerationFlags:
     timeout: float = 120.0  # seconds to wait for an answer
     price_in: float = 0.0  # price of a million prompt tokens
     price_out: float = 0.0  # price of a million completion tokens
-    # Stop sending requests when all answers in the journal, those of earlier runs included, have
-    # cost this much.
-    max_cost: float = math.inf
-    # Use OpenAI's Batch API: half the price, answers within a day. If the run is stopped, the same
-    # command continues with the batches that are in progress.
-    batch: bool = False
+    max_cost: float = math.inf  # stop when all answers in the journal have cost this much
+    batch: bool = False  # use OpenAI's Batch API: half the price, answers within a day
     estimate: bool = False  # print what the missing texts would cost, and send nothing
     skip_invalid: bool = False  # count and log bad lines of the input instead of stopping
-    # Part of the papers to do, such as 2/4 for the second of four parts. Each part has its own
-    # output files; docs/scaling.md shows how to merge them.
-    shard: str = "1/1"
+    shard: str = "1/1"  # part of the papers, such as 2/4; docs/scaling.md shows how to merge parts
 
 
 @dataclass(frozen=True)
@@ -135,12 +125,8 @@ def check_flags(flags: GenerationFlags) -> None:
 
 
 def generate_texts(flags: GenerationFlags, task: GenerationTask) -> None:
-    """Do what the command line of a generation script asks for.
-
-    Raises:
-        UserError: bad flags or input, or another run works on this output.
-        RunError: servers refuse all requests or are gone, or --max-cost is reached. All answers are
-            kept.
+    """Do what the command line of a generation script asks for. Raises a RunError if servers refuse
+    all requests or are gone, or if --max-cost is reached; all answers are kept.
     """
     check_flags(flags)
     if flags.shard != "1/1":
@@ -185,11 +171,6 @@ class PendingPaper:
     refused: bool = False  # whether the server rejects the text of this paper
 
 
-# A paper and the slots to request at once; None where papers need no request, so that the caller
-# can let other tasks run.
-Request = tuple[PendingPaper, list[int]] | None
-
-
 class GenerationRun:
     """One run of a task with single requests."""
 
@@ -197,9 +178,8 @@ class GenerationRun:
         self, flags: GenerationFlags, task: GenerationTask, answers: AnswerJournal
     ) -> None:
         self.flags, self.task, self.answers = flags, task, answers
-        self.started = time.monotonic()
         self.share = BATCH_PRICE if flags.batch else 1.0  # of the usual price
-        self.count = Counter(dict.fromkeys(COUNTS, 0))
+        self.count = Counter(dict.fromkeys((*COUNTS, *TOKENS), 0))
         self.rejected, self.faults = Counter[str](), Counter[str]()
         # paper id -> why texts were not accepted
         self.failed: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -207,8 +187,7 @@ class GenerationRun:
     def survey(self) -> None:
         """Check the whole input and count what is missing; with --estimate, print its cost."""
         read = written = 0
-        for paper in self.papers():
-            keys = self.keys(paper)
+        for paper, keys in self.papers():
             requests = self.missing(keys)
             missing = sum(map(len, requests))
             self.count.update(papers=1, texts=len(keys), missing=missing, requests=len(requests))
@@ -264,7 +243,7 @@ class GenerationRun:
                 bar.set_postfix(cost=f"{cost:.2f}", failed=failed, refresh=False)
                 bar.update(have + self.count["accepted"] - bar.n)
 
-    async def _work(self, requests: Iterator[Request]) -> None:
+    async def _work(self, requests: Iterator[tuple[PendingPaper, list[int]] | None]) -> None:
         """Take request after request from the iterator that all workers share."""
         try:
             for request in requests:
@@ -308,16 +287,16 @@ class GenerationRun:
         texts = [answer.text]
         if self.task.structured:
             texts = [*parse_texts(answer.text), *[""] * len(slots)]
-        left, tokens = [], (answer.prompt_tokens, answer.completion_tokens)
+        left, usage = [], {name: getattr(answer, name) for name in TOKENS}
         for slot, text in zip(slots, map(clean, texts), strict=False):
             if slot not in done:
                 text, reason = self._judge(pending, text, answer.cut)
                 row = {"key": pending.keys[slot], "id": pending.paper.id, "slot": slot}
-                row |= {"text": text, **dict(zip(TOKENS, tokens, strict=True))}
+                row |= {"text": text, **usage}
                 row |= {"batch": True} if self.flags.batch else {}
                 row |= {"rejected": reason} if reason else {}
                 self.answers.add(row)
-                self.count.update(dict(zip(TOKENS, tokens, strict=True)))
+                self.count.update(usage)
                 if reason:
                     left.append(slot)
                     self.failed[pending.paper.id][reason] += 1
@@ -325,7 +304,7 @@ class GenerationRun:
                 else:
                     pending.texts[slot] = text
                     self.count["accepted"] += 1
-            tokens = (0, 0)  # the first slot counts the tokens of the whole answer
+            usage = dict.fromkeys(TOKENS, 0)  # the first slot counts the tokens of the whole answer
         return left
 
     def _judge(self, pending: PendingPaper, text: str, cut: bool) -> tuple[str, str | None]:
@@ -356,8 +335,7 @@ class GenerationRun:
             failed_path.open("w", encoding="utf-8") as failed,
             open_text(output_path, "wt", encoding="utf-8") as written,
         ):
-            for paper in self.papers():
-                keys = self.keys(paper)
+            for paper, keys in self.papers():
                 texts = list(self.answers.texts(keys).values())
                 have, want = len(texts), len(keys)
                 if have < want:
@@ -386,7 +364,6 @@ class GenerationRun:
             "faults": dict(self.faults.most_common()),
             "cost": self.share * self.cost(*(self.count[name] for name in TOKENS)),
             "cost_of_all_runs": self.cost(*self.answers.billed),
-            "seconds": round(time.monotonic() - self.started, 1),
             "prompts": {name: hash_of(system, text) for name, text in self.task.prompts.items()},
             **{name: getattr(self.flags, name) for name in flags},
         }
@@ -405,16 +382,18 @@ class GenerationRun:
                 f"see the reasons in {output}.failed.jsonl",
             )
 
-    def papers(self) -> Iterator[Paper]:
-        """Read the papers of this shard of the input from the start."""
+    def papers(self) -> Iterator[tuple[Paper, list[int]]]:
+        """Read the papers of this shard from the start; with each come the keys of its slots."""
         part = shard_slice(self.flags.shard)
         papers = read_papers(self.flags.input, ("abstract",), self.flags.skip_invalid)
-        return itertools.islice(papers, part.start, None, part.step)
+        for paper in itertools.islice(papers, part.start, None, part.step):
+            yield paper, self.keys(paper)
 
-    def requests(self) -> Iterator[Request]:
-        """Yield all requests for missing texts; those on one paper follow each other."""
-        for index, paper in enumerate(self.papers()):
-            keys = self.keys(paper)
+    def requests(self) -> Iterator[tuple[PendingPaper, list[int]] | None]:
+        """Yield a paper and the slots to request at once, for all missing texts; None where papers
+        need no request, so that the caller can let other tasks run.
+        """
+        for index, (paper, keys) in enumerate(self.papers()):
             requests = self.missing(keys)
             if requests:
                 pending = PendingPaper(paper, index, keys, self.answers.texts(keys))
@@ -479,7 +458,7 @@ class GenerationRun:
         return self.cost(*self.answers.billed) + reserved >= self.flags.max_cost
 
 
-class AnswerJournal:
+class AnswerJournal(Journal):
     """The journal of all answers. For each accepted text memory holds two integers: the key of its
     slot and its position in the file.
     """
@@ -488,17 +467,16 @@ class AnswerJournal:
         path.touch()
         with path.open("rb") as lines:
             damaged = sum(1 for _ in lines)
-        self.journal = Journal(path, keep=_is_intact)
+        super().__init__(path, keep=_is_intact)
         self.offsets: dict[int, int] = {}  # key -> position of the accepted text
         self.rejected: Counter[int] = Counter()  # key -> number of rejected texts
         # Prompt tokens and completion tokens; those of batches count with their share of the price.
         self.billed = [0.0, 0.0]
-        for offset, row in Journal.scan(path):
+        for offset, row in self.scan(path):
             self._count(offset, row)
             damaged -= 1
         if damaged:
-            what = f"{path}: left out {damaged} torn or damaged rows"
-            log.warning("%s; their texts are requested again", what)
+            log.warning("%s: left out %d torn or damaged rows", path, damaged)
 
     def _count(self, offset: int, row: dict[str, Any]) -> None:
         if "rejected" in row:
@@ -510,21 +488,21 @@ class AnswerJournal:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one text, with a checksum."""
-        self._count(self.journal.append(row | {"sum": _checksum(row)}), row)
+        self._count(self.append(row | {"sum": _checksum(row)}), row)
 
     def texts(self, keys: list[int]) -> dict[int, str]:
         """Return slot -> accepted text for the slots with these keys."""
         return {
-            slot: self.journal.row_at(self.offsets[key])["text"]
+            slot: self.row_at(self.offsets[key])["text"]
             for slot, key in enumerate(keys)
             if key in self.offsets
         }
 
     def close(self) -> None:
         """Close the journal, and remove it if it is empty."""
-        self.journal.close()
-        if not self.journal.path.stat().st_size:
-            self.journal.path.unlink()
+        super().close()
+        if not self.path.stat().st_size:
+            self.path.unlink()
 
 
 def _is_intact(row: dict[str, Any]) -> bool:

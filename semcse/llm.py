@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -45,8 +44,7 @@ class Unanswered(Exception):
 
     def __init__(self, reason: str, permanent: bool = False) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.permanent = permanent
+        self.reason, self.permanent = reason, permanent
 
 
 def read_answer(body: bytes) -> Answer:
@@ -54,10 +52,8 @@ def read_answer(body: bytes) -> Answer:
     try:
         data = json.loads(body)
         choice, usage = data["choices"][0], data.get("usage") or {}
-        tokens = [
-            min(max(0, int(usage.get(name) or 0)), 10**9)
-            for name in ("prompt_tokens", "completion_tokens")
-        ]
+        counts = (usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        tokens = [min(max(0, int(count)), 10**9) for count in counts]
         text = without_secrets(str(choice["message"].get("content") or ""))
         return Answer(text, choice.get("finish_reason") == "length", *tokens)
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -102,9 +98,7 @@ def translated_errors() -> Iterator[None]:
         raise Unanswered(connection_fault(error.__cause__)) from error
     except ValueError:
         raise Unanswered("bad body") from None
-    except (openai.OpenAIError, httpx2.HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except (openai.OpenAIError, httpx2.HTTPError) as error:
         raise Unanswered(connection_fault(error)) from error
 
 
@@ -130,14 +124,9 @@ def creating_clients() -> Iterator[str]:
 
 
 class ServerPool(openai.DefaultAsyncHttpxClient):
-    """The HTTP client of all servers. The openai package calls `send` for each request, and again
-    for each retry after the pause that it chooses.
-
-    Args:
-        base_urls: the addresses of the servers, most of which end in /v1.
-        concurrency: the most requests in flight.
-        retries: how often a request is sent again after a fault of server or network.
-        timeout: seconds to wait for an answer.
+    """The HTTP client of all servers, with at most `concurrency` requests in flight. The openai
+    package calls `send` for each request, and again for each of at most `retries` retries after the
+    pause that it chooses. An answer may take `timeout` seconds.
     """
 
     def __init__(
