@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from semcse import command_line
 from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
-# The query of somebody who looks for the content of this paper and does not know the paper: not in
-# the words of the title, and specific enough to find the paper first.
+# The query of somebody who looks for the content of this paper and does not know the paper.
 SYSTEM = (
     "You write short search queries, as researchers type them into the search box of a library."
 )

@@ -51,20 +51,15 @@ ALL_AT_ONCE = (
 class Command(GenerationFlags):
     """Write several one-sentence summaries of every abstract of a papers file."""
 
-    # Summaries of each abstract, at least 2. Raise it later to request only the new ones.
-    summaries_per_abstract: int = 4
-    # Request all summaries of an abstract at once, with a JSON schema: fewer tokens, less variety.
-    structured: bool = False
+    summaries_per_abstract: int = 4  # at least 2; raise it later to request only the new ones
+    structured: bool = False  # request all at once, with a JSON schema: fewer tokens, less variety
 
 
 def main() -> None:
     """Parse the command line and generate the summaries."""
     command = command_line.parse_command_line(Command, None, Command())
     if command.summaries_per_abstract < 2:
-        raise UserError(
-            "--summaries-per-abstract is out of range",
-            "give at least 2, because training needs pairs",
-        )
+        raise UserError("--summaries-per-abstract is out of range", "training needs at least 2")
     command_line.log_to_stderr()
     task = GenerationTask(
         key="summaries",

@@ -33,8 +33,7 @@ from semcse.generation import GenerationRun, PendingPaper, most_tokens
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
-# Seconds between two polls. A new batch appears in the server's list within this time.
-POLL = 30.0
+POLL = 30.0  # seconds between two polls; a new batch is in the server's list by then
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
 
@@ -45,19 +44,18 @@ class BatchRun(GenerationRun):
         """Check that the server has a Batch API and that the batches in progress belong to this
         command; otherwise raise a UserError.
         """
-        flags = self.flags
-        url, options = flags.base_url[0], {"max_retries": flags.retries, "timeout": flags.timeout}
+        url, retries, timeout = self.flags.base_url[0], self.flags.retries, self.flags.timeout
         with llm.creating_clients() as key:
-            self.api = openai.OpenAI(base_url=url, api_key=key, **options)  # type: ignore[arg-type]
+            self.api = openai.OpenAI(
+                base_url=url, api_key=key, max_retries=retries, timeout=timeout
+            )
         try:
             with llm.translated_errors():
                 self.api.batches.list(limit=1)
         except (llm.Unanswered, RunError) as error:
-            raise UserError(
-                f"--base-url {url} has no Batch API ({error})",
-                "check the address and the key, or leave --batch out",
-            ) from None
-        self.path = Path(f"{flags.output}.batches.jsonl")
+            what = f"--base-url {url} has no Batch API ({error})"
+            raise UserError(what, "check the address and the key, or leave --batch out") from None
+        self.path = Path(f"{self.flags.output}.batches.jsonl")
         self.room = sys.maxsize  # how many requests the server accepts at a time
         self.rejected_before = Counter(self.answers.rejected)  # key -> rejections in earlier runs
         self.unanswered: Counter[int] = Counter()  # key -> requests without an answer
@@ -70,10 +68,9 @@ class BatchRun(GenerationRun):
         for _, keys in self.papers() if others else ():
             others.difference_update(keys)
         if others:
+            what = f"{self.path}: {len(others)} requests in progress are not of this command"
             raise UserError(
-                f"{self.path}: {len(others)} requests in progress are not of this command"
-                " (other papers, model, prompts or sampling)",
-                "repeat the command that sent them, or delete the file and lose their cost",
+                what, "repeat the command that sent them, or delete the file and pay again"
             )
 
     async def send(self, stop: StopSignal) -> None:
@@ -88,8 +85,7 @@ class BatchRun(GenerationRun):
             self.notes.close()
             self.count["failed"] = self.count["missing"] - self.count["accepted"]
             if self.uploads:
-                what = f"{len(self.uploads)} batches continue at the server"
-                log.info("%s; run the same command to get their answers", what)
+                log.info("%d batches continue at the server; run again", len(self.uploads))
             else:
                 self.path.unlink()
 
@@ -110,18 +106,16 @@ class BatchRun(GenerationRun):
                 self.faults[fault.reason] += 1
                 news, faults_in_a_row = True, faults_in_a_row + 1
                 if faults_in_a_row > self.flags.retries or fault.permanent:
-                    raise RunError(
-                        f"the server does not accept or answer requests ({fault.reason})",
-                        "fix that and run again to continue",
-                    ) from None
+                    what = f"the server does not accept or answer requests ({fault.reason})"
+                    raise RunError(what, "fix that and run again to continue") from None
 
     def _submit(self, stop: StopSignal) -> None:
         """Upload what is missing, in files of the size that the server accepts."""
         for keys, cost, content in self._request_files():
             if stop.received:
                 return
+            named = ("requests.jsonl", content)
             with llm.translated_errors():
-                named = ("requests.jsonl", content)
                 file = self.api.files.create(file=named, purpose="batch").id
             self._note(file, keys=keys, cost=cost)
 
@@ -223,10 +217,8 @@ class BatchRun(GenerationRun):
         faults = batch.errors.data or () if batch.errors else ()
         said = "; ".join(f"{fault.code}: {fault.message}" for fault in faults)
         if "token_limit_exceeded" not in said or size == 1:
-            raise RunError(
-                f"a batch has {batch.status} at the server ({said[:300]})",
-                "fix that and run again to continue",
-            )
+            what = f"a batch has {batch.status} at the server ({said[:300]})"
+            raise RunError(what, "fix that and run again to continue")
         # the queue takes as many requests as are in it now, or half a file
         self.room = len(self._in_progress()) or size // 2
         log.info("the server's queue is full; sending at most %d requests at a time", self.room)

@@ -89,8 +89,8 @@ class GenerationTask:
 
     key: Literal["summaries", "query"]  # key of the papers file that holds the texts
     system: str  # the system prompt
-    # Name -> instruction, which follows the paper's text. Slot i uses instruction i modulo their
-    # number. "{n}" becomes the number of texts to write.
+    # Name -> instruction, which follows the paper's text; the slots take them in turn. "{n}" becomes
+    # the number of texts to write.
     prompts: dict[str, str]
     texts: int  # texts wanted of a paper
     min_texts: int  # papers with fewer texts are not written
@@ -106,10 +106,8 @@ def check_flags(flags: GenerationFlags) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is out of range", f"give a number from {low} to {high:g}")
     if not flags.base_url or not all(map(BASE_URL.fullmatch, flags.base_url)):
-        raise UserError(
-            "--base-url is missing or is not of the form http(s)://host[:port]/path",
-            "name a server, and put its key into OPENAI_API_KEY",
-        )
+        what = "--base-url is missing or is not of the form http(s)://host[:port]/path"
+        raise UserError(what, "name a server, and put its key into OPENAI_API_KEY")
     if flags.batch and len(flags.base_url) > 1:
         raise UserError("--batch works with one --base-url only", "name one server")
     if flags.max_cost < math.inf and not flags.price_in + flags.price_out > 0:
@@ -117,10 +115,8 @@ def check_flags(flags: GenerationFlags) -> None:
     if flags.output.is_dir() or os.path.realpath(flags.output) == os.path.realpath(flags.input):
         raise UserError(f"--output {flags.output} is a folder or the input", "name another file")
     if os.path.exists(flags.input) and not (flags.input.is_file() or flags.input.is_dir()):
-        raise UserError(
-            f"--input {flags.input} is a pipe or device, and papers are read three times",
-            "write them to a file first",
-        )
+        what = f"--input {flags.input} is a pipe or device, and papers are read three times"
+        raise UserError(what, "write them to a file first")
     shard_slice(flags.shard)
 
 
@@ -141,10 +137,8 @@ def generate_texts(flags: GenerationFlags, task: GenerationTask) -> None:
     ):
         batches = Path(f"{output}.batches.jsonl")
         if not flags.batch and batches.exists() and batches.stat().st_size:
-            raise UserError(
-                f"{batches}: batches are in progress",
-                "run with --batch, or delete the file to pay for their answers again",
-            )
+            what = f"{batches}: batches are in progress"
+            raise UserError(what, "run with --batch, or delete the file and pay again")
         run = kind(flags, task, answers)
         run.survey()
         if flags.estimate:
@@ -234,14 +228,13 @@ class GenerationRun:
 
     async def _show_progress(self, stop: StopSignal, workers: list[asyncio.Task[None]]) -> None:
         """Update the progress bar until all workers are done or the run must stop."""
-        running, want = set(workers), self.count["texts"]
-        have = want - self.count["missing"]
-        with tqdm(total=want, initial=have, desc=self.task.key, unit="text", mininterval=1) as bar:
+        running, missing = set(workers), self.count["missing"]
+        with tqdm(total=missing, desc=self.task.key, unit="text", mininterval=1) as bar:
             while running and not stop.received and not self.pool.stopping:
                 _, running = await asyncio.wait(running, timeout=0.2)
                 cost, failed = self.cost(*self.answers.billed), self.count["failed"]
                 bar.set_postfix(cost=f"{cost:.2f}", failed=failed, refresh=False)
-                bar.update(have + self.count["accepted"] - bar.n)
+                bar.update(self.count["accepted"] - bar.n)
 
     async def _work(self, requests: Iterator[tuple[PendingPaper, list[int]] | None]) -> None:
         """Take request after request from the iterator that all workers share."""
@@ -292,7 +285,7 @@ class GenerationRun:
             if slot not in done:
                 text, reason = self._judge(pending, text, answer.cut)
                 row = {"key": pending.keys[slot], "id": pending.paper.id, "slot": slot}
-                row |= {"text": text, **usage}
+                row |= {"text": text} | usage
                 row |= {"batch": True} if self.flags.batch else {}
                 row |= {"rejected": reason} if reason else {}
                 self.answers.add(row)
@@ -374,13 +367,11 @@ class GenerationRun:
         """Raise a RunError if --max-cost was reached or if no paper has the texts it needs."""
         unfinished, output = self.count["papers_failed"], self.flags.output
         if unfinished and self.budget_is_spent():
-            spent = f"--max-cost {self.flags.max_cost} is reached"
-            raise RunError(f"{spent} and {unfinished} papers are unfinished", "raise it, run again")
+            what = f"--max-cost is reached and {unfinished} papers are unfinished"
+            raise RunError(what, "raise it and run again")
         if unfinished and not self.count["papers_written"]:
-            raise RunError(
-                f"no paper got the texts it needs, so {output} is empty",
-                f"see the reasons in {output}.failed.jsonl",
-            )
+            what = f"no paper got the texts it needs, so {output} is empty"
+            raise RunError(what, f"see the reasons in {output}.failed.jsonl")
 
     def papers(self) -> Iterator[tuple[Paper, list[int]]]:
         """Read the papers of this shard from the start; with each come the keys of its slots."""

@@ -63,22 +63,18 @@ def read_answer(body: bytes) -> Answer:
 def status_error(status: int, message: object) -> Unanswered | RunError:
     """Return what an HTTP status means for the request, for its paper or for the whole run."""
     if status in (401, 403):
-        return RunError(
-            f"a server refuses the key (HTTP {status})",
-            "set OPENAI_API_KEY to a key that it accepts and run again",
-        )
+        what = f"a server refuses the key (HTTP {status})"
+        return RunError(what, "set OPENAI_API_KEY to a key that it accepts and run again")
     if status == 404:
-        return RunError(
-            "a server does not know this path, model or batch (HTTP 404)",
-            "check --base-url (most end in /v1) and --model, and run again",
-        )
+        what = "a server does not know this path, model or batch (HTTP 404)"
+        return RunError(what, "check --base-url (most end in /v1) and --model, and run again")
     if status in (408, 409, 425, 429) or status >= 500:
         return Unanswered(f"HTTP {status}")
     said = " ".join(without_secrets(str(message)).split())
     return Unanswered(f"HTTP {status}: {said[:200]}", permanent=True)
 
 
-def connection_fault(error: BaseException | None) -> str:
+def connection_fault(error: BaseException) -> str:
     """Name the kind of an error of the HTTP client, for the report."""
     if isinstance(error, httpx2.TimeoutException):
         return "timeout"
@@ -94,12 +90,10 @@ def translated_errors() -> Iterator[None]:
         yield
     except openai.APIStatusError as error:
         raise status_error(error.status_code, error.body) from None
-    except openai.APIConnectionError as error:
-        raise Unanswered(connection_fault(error.__cause__)) from error
     except ValueError:
         raise Unanswered("bad body") from None
     except (openai.OpenAIError, httpx2.HTTPError) as error:
-        raise Unanswered(connection_fault(error)) from error
+        raise Unanswered(connection_fault(error.__cause__ or error)) from error
 
 
 @contextlib.contextmanager
@@ -110,17 +104,13 @@ def creating_clients() -> Iterator[str]:
     logging.getLogger("openai").setLevel(logging.WARNING)  # it logs every retry
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-needed"
     if not (key.isascii() and key.isprintable()):
-        raise UserError(
-            "OPENAI_API_KEY contains characters that an HTTP header cannot contain",
-            "set it again, on one line",
-        )
+        what = "OPENAI_API_KEY contains characters that an HTTP header cannot contain"
+        raise UserError(what, "set it again, on one line")
     try:
         yield key
     except (ImportError, ValueError, httpx2.InvalidURL) as error:
-        raise UserError(
-            f"a proxy or --base-url cannot be used ({error})",
-            "correct or unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, or correct --base-url",
-        ) from None
+        what = f"a proxy or --base-url cannot be used ({error})"
+        raise UserError(what, "correct --base-url, HTTP_PROXY, HTTPS_PROXY or ALL_PROXY") from None
 
 
 class ServerPool(openai.DefaultAsyncHttpxClient):
@@ -208,7 +198,5 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
         self._failures_in_a_row += kind != "HTTP 429"
         silent = now - self._last_answer > GONE_AFTER_SECONDS
         if silent and self._failures_in_a_row >= GONE_AFTER_FAILURES:
-            raise RunError(
-                f"{self._failures_in_a_row} requests in a row failed, the last with: {kind}",
-                "check --base-url and its server, and run again to continue",
-            )
+            what = f"{self._failures_in_a_row} requests in a row failed, the last with: {kind}"
+            raise RunError(what, "check --base-url and its server, and run again to continue")
