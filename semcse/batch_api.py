@@ -85,7 +85,8 @@ class BatchRun(GenerationRun):
             self.notes.close()
             self.count["failed"] = self.count["missing"] - self.count["accepted"]
             if self.uploads:
-                log.info("%d batches continue at the server; run again", len(self.uploads))
+                what = f"{len(self.uploads)} batches continue at the server"
+                log.info("%s; run the same command to get their answers", what)
             else:
                 self.path.unlink()
 

@@ -59,7 +59,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class GenerationFlags:
-    """The flags that the scripts share which use a language model."""
+    """The flags of every script that uses a language model."""
 
     input: Path = tyro.MISSING  # papers file with abstracts
     output: Path = tyro.MISSING  # papers file to write, gzipped if its name ends in .gz
@@ -89,8 +89,8 @@ class GenerationTask:
 
     key: Literal["summaries", "query"]  # key of the papers file that holds the texts
     system: str  # the system prompt
-    # Name -> instruction, which follows the paper's text; the slots take them in turn. "{n}" becomes
-    # the number of texts to write.
+    # Name -> instruction, which follows the paper's text; the slots take them in turn. "{n}" stands
+    # for the number of texts to write.
     prompts: dict[str, str]
     texts: int  # texts wanted of a paper
     min_texts: int  # papers with fewer texts are not written
@@ -381,8 +381,8 @@ class GenerationRun:
             yield paper, self.keys(paper)
 
     def requests(self) -> Iterator[tuple[PendingPaper, list[int]] | None]:
-        """Yield a paper and the slots to request at once, for all missing texts; None where papers
-        need no request, so that the caller can let other tasks run.
+        """Yield a paper and the slots to request at once, until all missing texts are requested.
+        Yield None where papers need no request, so that the caller can let other tasks run.
         """
         for index, (paper, keys) in enumerate(self.papers()):
             requests = self.missing(keys)

@@ -1,7 +1,6 @@
 """The quality gate: cleans what a language model answered, and says why a text must not be used.
 
-The rules and thresholds are our choice. This module knows nothing of servers, prompts or files: its
-functions take plain values.
+The rules and thresholds are our choice.
 """
 
 from __future__ import annotations
