@@ -15,18 +15,16 @@ import sys
 from dataclasses import dataclass
 
 from semcse import command_line
-from semcse.batch_api import BatchRun
-from semcse.generation import GenerationRun, GenerationTask, Prompt, generate_texts
-from semcse.generation_flags import GenerationFlags
+from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
-# The query of somebody who looks for the content of this paper and does not know the paper: not in
-# the words of the title, and specific enough to find the paper first.
-QUERY = Prompt(
-    "query",
-    "You write short search queries, as researchers type them into the search box of a library.",
+# The query of somebody who looks for the content of this paper and does not know the paper.
+SYSTEM = (
+    "You write short search queries, as researchers type them into the search box of a library."
+)
+QUERY = (
     "Write a search query of 4 to 10 words for the main finding above, as somebody would type it"
     " who does not know this paper: plain and specific words on one line, no sentence, not the"
-    " title. Answer with the query only.",
+    " title. Answer with the query only."
 )
 
 
@@ -44,13 +42,14 @@ def main() -> None:
     command_line.log_to_stderr()
     task = GenerationTask(
         key="query",
-        prompts=(QUERY,),
+        system=SYSTEM,
+        prompts={"query": QUERY},
         texts=1,
         min_texts=1,
         words=(2, 16),
         keep_existing=not command.overwrite,
     )
-    generate_texts(command, task, BatchRun if command.batch else GenerationRun)
+    generate_texts(command, task)
 
 
 if __name__ == "__main__":

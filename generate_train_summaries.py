@@ -16,10 +16,8 @@ import sys
 from dataclasses import dataclass
 
 from semcse import command_line
-from semcse.batch_api import BatchRun
 from semcse.errors import UserError
-from semcse.generation import GenerationRun, GenerationTask, Prompt, generate_texts
-from semcse.generation_flags import GenerationFlags
+from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
 # A summary is one sentence that says which paper it belongs to even without the abstract. The
 # instructions are few, and the last one is in the task, because small models follow what they read
@@ -53,31 +51,26 @@ ALL_AT_ONCE = (
 class Command(GenerationFlags):
     """Write several one-sentence summaries of every abstract of a papers file."""
 
-    # Summaries of each abstract, at least 2. Raise it later to request only the new ones.
-    summaries_per_abstract: int = 4
-    # Request all summaries of an abstract at once, with a JSON schema: fewer tokens, less variety.
-    structured: bool = False
+    summaries_per_abstract: int = 4  # at least 2; raise it later to request only the new ones
+    structured: bool = False  # request all at once, with a JSON schema: fewer tokens, less variety
 
 
 def main() -> None:
     """Parse the command line and generate the summaries."""
     command = command_line.parse_command_line(Command, None, Command())
     if command.summaries_per_abstract < 2:
-        raise UserError(
-            "--summaries-per-abstract is out of range",
-            "give at least 2, because training needs pairs",
-        )
+        raise UserError("--summaries-per-abstract is out of range", "training needs at least 2")
     command_line.log_to_stderr()
-    views = {"all at once": ALL_AT_ONCE} if command.structured else VIEWS
     task = GenerationTask(
         key="summaries",
-        prompts=tuple(Prompt(name, SYSTEM, text) for name, text in views.items()),
+        system=SYSTEM,
+        prompts={"all at once": ALL_AT_ONCE} if command.structured else VIEWS,
         texts=command.summaries_per_abstract,
         min_texts=2,
         words=(6, 80),
         structured=command.structured,
     )
-    generate_texts(command, task, BatchRun if command.batch else GenerationRun)
+    generate_texts(command, task)
 
 
 if __name__ == "__main__":

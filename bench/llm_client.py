@@ -29,8 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from generate_train_summaries import SYSTEM, VIEWS
 from semcse.command_line import StopSignal
-from semcse.generation import AnswerJournal, GenerationRun, GenerationTask, Prompt
-from semcse.generation_flags import GenerationFlags
+from semcse.generation import AnswerJournal, GenerationFlags, GenerationRun, GenerationTask
 
 CONCURRENCY, LATENCY = 256, 1.0
 REQUESTS = 24 * CONCURRENCY
@@ -58,8 +57,7 @@ def make_run(folder: Path, url: str) -> GenerationRun:
             row = {"id": str(i), "title": f"Title number {i}", "abstract": abstract}
             lines.write(json.dumps(row) + "\n")
     flags = GenerationFlags(source, folder / "out.jsonl", (url,), "m", concurrency=CONCURRENCY)
-    prompts = tuple(Prompt(name, SYSTEM, text) for name, text in VIEWS.items())
-    task = GenerationTask("summaries", prompts, texts=4, min_texts=2, words=(6, 80))
+    task = GenerationTask("summaries", SYSTEM, VIEWS, texts=4, min_texts=2, words=(6, 80))
     return GenerationRun(flags, task, AnswerJournal(folder / "journal.jsonl"))
 
 
@@ -104,11 +102,12 @@ def measure() -> dict[str, Any]:
     with fake_server() as url, tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder), url)
         run.survey()
+        run.connect()
         with contextlib.closing(run.answers), StopSignal() as stop:
             ours = measure_cost(lambda: run.send(stop))
             assert run.count["accepted"] == REQUESTS
             bodies = [
-                run.body(paper, [0, 1, 2, 3], [i]) for paper in run.papers() for i in range(4)
+                run.body(paper, [0, 1, 2, 3], [i]) for paper, _ in run.papers() for i in range(4)
             ]
         theirs = measure_cost(lambda: plain_gather(url, bodies))
     return {

@@ -16,41 +16,71 @@ import hashlib
 import itertools
 import json
 import logging
-import time
-from collections import Counter
+import math
+import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
 from tqdm import tqdm
 
 from semcse import files
 from semcse.command_line import StopSignal
 from semcse.errors import RunError, UserError
 from semcse.files import Journal
-from semcse.generation_flags import GenerationFlags, check_flags
-from semcse.llm import Answer, Unanswered
 from semcse.papers import Paper, read_papers, shard_slice
 from semcse.quality_gate import clean, judge, parse_texts
 
 if TYPE_CHECKING:
-    from semcse.server_pool import ServerPool
+    from semcse.llm import Answer
 
 log = logging.getLogger(__name__)
 
 GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight, because they are paid
 CHARS_PER_TOKEN = 4  # a rule of thumb for English, for estimates of costs
 BATCH_PRICE = 0.5  # what a token costs in a batch, as a share of its usual price [OpenAI]
+TOKENS = ("prompt_tokens", "completion_tokens")
+COUNTS = "papers texts missing requests accepted failed papers_written papers_failed".split()
+BASE_URL = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:]+)(:\d{1,5})?(/[^\s?#]*)?", re.I)
+# The smallest and the largest value of each number.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "concurrency": (1, 1000),
+    "temperature": (0, 10),
+    "top_p": (0.001, 1),
+    "timeout": (0.001, 1e6),
+    **dict.fromkeys(("max_tokens", "attempts"), (1, 1e6)),
+    **dict.fromkeys(("retries", "price_in", "price_out"), (0, 1e6)),
+}
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One instruction to the model."""
+class GenerationFlags:
+    """The flags of every script that uses a language model."""
 
-    name: str
-    system: str
-    task: str  # follows the paper's text; "{n}" in it becomes the number of texts to write
+    input: Path = tyro.MISSING  # papers file with abstracts
+    output: Path = tyro.MISSING  # papers file to write, gzipped if its name ends in .gz
+    # OpenAI-compatible server, such as http://127.0.0.1:8000/v1. Repeat the flag to share the work
+    # among several servers. The environment variable OPENAI_API_KEY holds their key.
+    base_url: tuple[str, ...] = ()
+    model: str = tyro.MISSING  # name of the model on the server
+    concurrency: int = 32  # most requests in flight; lowered after HTTP 429 and timeouts
+    temperature: float = 0.7  # sampling temperature [A]
+    top_p: float = 0.95  # nucleus sampling [A]
+    max_tokens: int = 120  # most tokens of a text; longer texts are rejected as cut off
+    attempts: int = 3  # most answers to ask for until one passes the quality gate
+    retries: int = 8  # how often a request is sent again after a fault of server or network
+    timeout: float = 120.0  # seconds to wait for an answer
+    price_in: float = 0.0  # price of a million prompt tokens
+    price_out: float = 0.0  # price of a million completion tokens
+    max_cost: float = math.inf  # stop when all answers in the journal have cost this much
+    batch: bool = False  # use OpenAI's Batch API: half the price, answers within a day
+    estimate: bool = False  # print what the missing texts would cost, and send nothing
+    skip_invalid: bool = False  # count and log bad lines of the input instead of stopping
+    shard: str = "1/1"  # part of the papers, such as 2/4; docs/scaling.md shows how to merge parts
 
 
 @dataclass(frozen=True)
@@ -58,50 +88,62 @@ class GenerationTask:
     """What a script wants of every paper."""
 
     key: Literal["summaries", "query"]  # key of the papers file that holds the texts
-    prompts: tuple[Prompt, ...]  # slot i uses prompt i modulo their number
+    system: str  # the system prompt
+    # Name -> instruction, which follows the paper's text; the slots take them in turn. "{n}" stands
+    # for the number of texts to write.
+    prompts: dict[str, str]
     texts: int  # texts wanted of a paper
     min_texts: int  # papers with fewer texts are not written
     words: tuple[int, int]  # fewest and most words of a text
     structured: bool = False  # request all missing texts of a paper at once, with a JSON schema
     keep_existing: bool = False  # request nothing for papers that have a text already
 
-    @property
-    def told(self) -> str:
-        """Everything the model is told in any request, each part once."""
-        parts = [part for prompt in self.prompts for part in (prompt.system, prompt.task)]
-        return " ".join(dict.fromkeys(parts))
+
+def check_flags(flags: GenerationFlags) -> None:
+    """Raise a UserError that names the flag if the run cannot work, before anything is read."""
+    for name, (low, high) in BOUNDS.items():
+        if not low <= getattr(flags, name) <= high:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is out of range", f"give a number from {low} to {high:g}")
+    if not flags.base_url or not all(map(BASE_URL.fullmatch, flags.base_url)):
+        what = "--base-url is missing or is not of the form http(s)://host[:port]/path"
+        raise UserError(what, "name a server, and put its key into OPENAI_API_KEY")
+    if flags.batch and len(flags.base_url) > 1:
+        raise UserError("--batch works with one --base-url only", "name one server")
+    if flags.max_cost < math.inf and not flags.price_in + flags.price_out > 0:
+        raise UserError("--max-cost needs a price", "give --price-in and --price-out")
+    if flags.output.is_dir() or os.path.realpath(flags.output) == os.path.realpath(flags.input):
+        raise UserError(f"--output {flags.output} is a folder or the input", "name another file")
+    if os.path.exists(flags.input) and not (flags.input.is_file() or flags.input.is_dir()):
+        what = f"--input {flags.input} is a pipe or device, and papers are read three times"
+        raise UserError(what, "write them to a file first")
+    shard_slice(flags.shard)
 
 
-def generate_texts(
-    flags: GenerationFlags, task: GenerationTask, runner: type[GenerationRun]
-) -> None:
-    """Do what the command line of a generation script asks for, by single requests or, with the
-    runner BatchRun, by batches.
-
-    Raises:
-        UserError: bad flags or input, or another run works on this output.
-        RunError: servers refuse all requests or are gone, or --max-cost is reached. All answers are
-            kept.
+def generate_texts(flags: GenerationFlags, task: GenerationTask) -> None:
+    """Do what the command line of a generation script asks for. Raises a RunError if servers refuse
+    all requests or are gone, or if --max-cost is reached; all answers are kept.
     """
     check_flags(flags)
     if flags.shard != "1/1":
         name = f"shard-{flags.shard.replace('/', '-of-')}.{flags.output.name}"
         flags = replace(flags, output=flags.output.with_name(name))
-    output = flags.output
+    output, kind = flags.output, GenerationRun
+    if flags.batch:
+        from semcse.batch_api import BatchRun as kind
     with (
         files.lock(output.with_name(f".{output.name}.lock")),
         contextlib.closing(AnswerJournal(Path(f"{output}.journal.jsonl"))) as answers,
     ):
         batches = Path(f"{output}.batches.jsonl")
         if not flags.batch and batches.exists() and batches.stat().st_size:
-            raise UserError(
-                f"{batches}: batches are in progress",
-                "run with --batch, or delete the file to pay for their answers again",
-            )
-        run = runner(flags, task, answers)
+            what = f"{batches}: batches are in progress"
+            raise UserError(what, "run with --batch, or delete the file and pay again")
+        run = kind(flags, task, answers)
         run.survey()
         if flags.estimate:
             return
+        run.connect()
         try:
             with StopSignal() as stop:
                 asyncio.run(run.send(stop))
@@ -120,13 +162,7 @@ class PendingPaper:
     index: int  # position in the input, which decides the server that is asked first
     keys: list[int]  # by slot
     texts: dict[int, str]  # slot -> accepted text
-    reasons: Counter[str] = field(default_factory=Counter)  # why texts were not accepted
     refused: bool = False  # whether the server rejects the text of this paper
-
-
-# A paper and the slots to request at once; None where papers need no request, so that the caller
-# can let other tasks run.
-Request = tuple[PendingPaper, list[int]] | None
 
 
 class GenerationRun:
@@ -136,16 +172,16 @@ class GenerationRun:
         self, flags: GenerationFlags, task: GenerationTask, answers: AnswerJournal
     ) -> None:
         self.flags, self.task, self.answers = flags, task, answers
-        self.started, self.billed_before = time.monotonic(), list(answers.billed)
-        self.tokens_before = list(answers.tokens)
-        self.count, self.rejected, self.faults = Counter[str](), Counter[str](), Counter[str]()
-        self.failed: dict[str, Counter[str]] = {}  # paper id -> reasons
+        self.share = BATCH_PRICE if flags.batch else 1.0  # of the usual price
+        self.count = Counter(dict.fromkeys((*COUNTS, *TOKENS), 0))
+        self.rejected, self.faults = Counter[str](), Counter[str]()
+        # paper id -> why texts were not accepted
+        self.failed: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def survey(self) -> None:
         """Check the whole input and count what is missing; with --estimate, print its cost."""
         read = written = 0
-        for paper in self.papers():
-            keys = self.keys(paper)
+        for paper, keys in self.papers():
             requests = self.missing(keys)
             missing = sum(map(len, requests))
             self.count.update(papers=1, texts=len(keys), missing=missing, requests=len(requests))
@@ -158,85 +194,82 @@ class GenerationRun:
         )
         if self.flags.estimate:
             log.info(
-                f"about {read} tokens to read ({CHARS_PER_TOKEN} characters each) and at most"
-                f" {written} to write, not counting retries"
+                "about %d tokens to read and at most %d to write, without retries; they cost at"
+                " most about %.2f",
+                *(read, written, self.share * self.cost(read, written)),
             )
-            share = BATCH_PRICE if self.flags.batch else 1
-            log.info("cost: at most about %.2f", self.cost([share * read, share * written]))
+
+    def connect(self) -> None:
+        """Prepare the clients of the servers."""
+        from semcse.llm import ServerPool
+
+        flags = self.flags
+        self.pool = ServerPool(flags.base_url, flags.concurrency, flags.retries, flags.timeout)
+        self.faults = self.pool.faults
 
     async def send(self, stop: StopSignal) -> None:
         """Request all missing texts with a fixed number of workers. If that ends early, wait for
         the answers in flight, because they are paid.
         """
-        from semcse.server_pool import ServerPool
-
-        flags, requests, tasks = self.flags, self.requests(), list[asyncio.Task[None]]()
-        pool = ServerPool(flags.base_url, flags.concurrency, flags.retries, flags.timeout)
-        async with pool:
-            self.faults = pool.faults
-            for _ in range(flags.concurrency):
-                tasks.append(asyncio.create_task(self._work(pool, requests)))
+        requests, workers = self.requests(), list[asyncio.Task[None]]()
+        async with self.pool as pool:
+            for _ in range(self.flags.concurrency):
+                workers.append(asyncio.create_task(self._work(requests)))
                 await asyncio.sleep(0.0002)  # the first requests leave one after the other
-            await self._show_progress(pool, stop, tasks)
+            await self._show_progress(stop, workers)
             pool.stopping = True
-            await asyncio.wait(tasks, timeout=GRACE if stop.received else flags.timeout)
-            for task in tasks:
-                task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(workers, timeout=GRACE if stop.received else self.flags.timeout)
+            for worker in workers:
+                worker.cancel()
+            ends = await asyncio.gather(*workers, return_exceptions=True)
         for end in ends:
             if isinstance(end, Exception):
                 raise end
 
-    async def _show_progress(
-        self, pool: ServerPool, stop: StopSignal, tasks: list[asyncio.Task[None]]
-    ) -> None:
-        """Update the progress bar until all tasks are done or the run must stop."""
-        running, want = set(tasks), self.count["texts"]
-        have = want - self.count["missing"]
-        with tqdm(total=want, initial=have, desc=self.task.key, unit="text", mininterval=1) as bar:
-            while running and not stop.received and not pool.stopping:
+    async def _show_progress(self, stop: StopSignal, workers: list[asyncio.Task[None]]) -> None:
+        """Update the progress bar until all workers are done or the run must stop."""
+        running, missing = set(workers), self.count["missing"]
+        with tqdm(total=missing, desc=self.task.key, unit="text", mininterval=1) as bar:
+            while running and not stop.received and not self.pool.stopping:
                 _, running = await asyncio.wait(running, timeout=0.2)
-                cost, failed = self.cost(self.answers.billed), self.count["failed"]
+                cost, failed = self.cost(*self.answers.billed), self.count["failed"]
                 bar.set_postfix(cost=f"{cost:.2f}", failed=failed, refresh=False)
-                bar.update(have + self.count["accepted"] - bar.n)
+                bar.update(self.count["accepted"] - bar.n)
 
-    async def _work(self, pool: ServerPool, requests: Iterator[Request]) -> None:
+    async def _work(self, requests: Iterator[tuple[PendingPaper, list[int]] | None]) -> None:
         """Take request after request from the iterator that all workers share."""
-        from semcse.server_pool import Stopped
-
         try:
             for request in requests:
                 if request:
-                    await self._fill(pool, *request)
+                    await self._fill(*request)
                 else:
                     await asyncio.sleep(0)
-                if pool.stopping:
+                if self.pool.stopping:
                     break
-        except Stopped:
-            pass
         except Exception:
-            pool.stopping = True
+            self.pool.stopping = True
             raise
 
-    async def _fill(self, pool: ServerPool, pending: PendingPaper, slots: list[int]) -> None:
+    async def _fill(self, pending: PendingPaper, slots: list[int]) -> None:
         """Request texts for these slots until all are accepted or the attempts are used up."""
+        from semcse.llm import Unanswered
+
         for _ in range(self.flags.attempts):
             if self.budget_is_spent():
-                pool.stopping = True
+                self.pool.stopping = True
             if pending.refused:
                 break
             body = self.body(pending.paper, pending.keys, slots)
             try:
-                answer = await pool.ask(body, pending.index)
+                answer = await self.pool.ask(body, pending.index)
             except Unanswered as fault:
-                pending.reasons[fault.reason] += len(slots)
+                self.failed[pending.paper.id][fault.reason] += len(slots)
                 pending.refused = fault.permanent
                 break
             slots = self.record(pending, slots, answer)
             if not slots:
                 return
         self.count["failed"] += len(slots)
-        self.failed[pending.paper.id] = pending.reasons
 
     def record(
         self, pending: PendingPaper, slots: list[int], answer: Answer, done: Collection[int] = ()
@@ -247,24 +280,24 @@ class GenerationRun:
         texts = [answer.text]
         if self.task.structured:
             texts = [*parse_texts(answer.text), *[""] * len(slots)]
-        left, tokens = [], (answer.prompt_tokens, answer.completion_tokens)
+        left, usage = [], {name: getattr(answer, name) for name in TOKENS}
         for slot, text in zip(slots, map(clean, texts), strict=False):
-            if slot in done:
-                tokens = (0, 0)
-                continue
-            text, reason = self._judge(pending, text, answer.cut)
-            row = {"key": pending.keys[slot], "id": pending.paper.id, "slot": slot, "text": text}
-            row |= {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-            row |= {"batch": True} if self.flags.batch else {}
-            self.answers.add(row | ({"rejected": reason} if reason else {}))
-            tokens = (0, 0)  # the first slot counts the tokens of the whole answer
-            if reason:
-                left.append(slot)
-                pending.reasons[reason] += 1
-                self.rejected[reason] += 1
-            else:
-                pending.texts[slot] = text
-                self.count["accepted"] += 1
+            if slot not in done:
+                text, reason = self._judge(pending, text, answer.cut)
+                row = {"key": pending.keys[slot], "id": pending.paper.id, "slot": slot}
+                row |= {"text": text} | usage
+                row |= {"batch": True} if self.flags.batch else {}
+                row |= {"rejected": reason} if reason else {}
+                self.answers.add(row)
+                self.count.update(usage)
+                if reason:
+                    left.append(slot)
+                    self.failed[pending.paper.id][reason] += 1
+                    self.rejected[reason] += 1
+                else:
+                    pending.texts[slot] = text
+                    self.count["accepted"] += 1
+            usage = dict.fromkeys(TOKENS, 0)  # the first slot counts the tokens of the whole answer
         return left
 
     def _judge(self, pending: PendingPaper, text: str, cut: bool) -> tuple[str, str | None]:
@@ -278,7 +311,7 @@ class GenerationRun:
             text,
             title=pending.paper.title,
             abstract=pending.paper.abstract,
-            prompt=self.task.told,
+            prompt=" ".join([self.task.system, *self.task.prompts.values()]),
             words=self.task.words,
             others=pending.texts.values(),
             question=is_query,
@@ -295,8 +328,7 @@ class GenerationRun:
             failed_path.open("w", encoding="utf-8") as failed,
             open_text(output_path, "wt", encoding="utf-8") as written,
         ):
-            for paper in self.papers():
-                keys = self.keys(paper)
+            for paper, keys in self.papers():
                 texts = list(self.answers.texts(keys).values())
                 have, want = len(texts), len(keys)
                 if have < want:
@@ -315,23 +347,19 @@ class GenerationRun:
 
     def report(self) -> None:
         """Log what this run did, and write it next to the output."""
-        counts = "papers texts missing accepted failed papers_written papers_failed".split()
-        flags = "model temperature top_p max_tokens attempts concurrency batch".split()
-        answers, prompts = self.answers, self.task.prompts
-        tokens = [now - old for now, old in zip(answers.tokens, self.tokens_before, strict=True)]
-        billed = [now - old for now, old in zip(answers.billed, self.billed_before, strict=True)]
-        report: dict[str, Any] = {name: self.count[name] for name in counts}
-        report |= {
+        system, flags = (
+            self.task.system,
+            "model temperature top_p max_tokens attempts concurrency batch".split(),
+        )
+        report = {
+            **self.count,
             "rejected": dict(self.rejected.most_common()),
             "faults": dict(self.faults.most_common()),
-            "prompt_tokens": tokens[0],
-            "completion_tokens": tokens[1],
-            "cost": self.cost(billed),
-            "cost_of_all_runs": self.cost(answers.billed),
-            "seconds": round(time.monotonic() - self.started, 1),
-            "prompts": {one.name: hash_of(one.system, one.task).hex() for one in prompts},
+            "cost": self.share * self.cost(*(self.count[name] for name in TOKENS)),
+            "cost_of_all_runs": self.cost(*self.answers.billed),
+            "prompts": {name: hash_of(system, text) for name, text in self.task.prompts.items()},
+            **{name: getattr(self.flags, name) for name in flags},
         }
-        report |= {name: getattr(self.flags, name) for name in flags}
         files.write_json(Path(f"{self.flags.output}.report.json"), report)
         log.info("%s", "; ".join(f"{name}: {value}" for name, value in report.items()))
 
@@ -339,24 +367,24 @@ class GenerationRun:
         """Raise a RunError if --max-cost was reached or if no paper has the texts it needs."""
         unfinished, output = self.count["papers_failed"], self.flags.output
         if unfinished and self.budget_is_spent():
-            spent = f"--max-cost {self.flags.max_cost} is reached"
-            raise RunError(f"{spent} and {unfinished} papers are unfinished", "raise it, run again")
+            what = f"--max-cost is reached and {unfinished} papers are unfinished"
+            raise RunError(what, "raise it and run again")
         if unfinished and not self.count["papers_written"]:
-            raise RunError(
-                f"no paper got the texts it needs, so {output} is empty",
-                f"see the reasons in {output}.failed.jsonl",
-            )
+            what = f"no paper got the texts it needs, so {output} is empty"
+            raise RunError(what, f"see the reasons in {output}.failed.jsonl")
 
-    def papers(self) -> Iterator[Paper]:
-        """Read the papers of this shard of the input from the start."""
+    def papers(self) -> Iterator[tuple[Paper, list[int]]]:
+        """Read the papers of this shard from the start; with each come the keys of its slots."""
         part = shard_slice(self.flags.shard)
         papers = read_papers(self.flags.input, ("abstract",), self.flags.skip_invalid)
-        return itertools.islice(papers, part.start, None, part.step)
+        for paper in itertools.islice(papers, part.start, None, part.step):
+            yield paper, self.keys(paper)
 
-    def requests(self) -> Iterator[Request]:
-        """Yield all requests for missing texts; those on one paper follow each other."""
-        for index, paper in enumerate(self.papers()):
-            keys = self.keys(paper)
+    def requests(self) -> Iterator[tuple[PendingPaper, list[int]] | None]:
+        """Yield a paper and the slots to request at once, until all missing texts are requested.
+        Yield None where papers need no request, so that the caller can let other tasks run.
+        """
+        for index, (paper, keys) in enumerate(self.papers()):
             requests = self.missing(keys)
             if requests:
                 pending = PendingPaper(paper, index, keys, self.answers.texts(keys))
@@ -368,16 +396,16 @@ class GenerationRun:
         """Return the 64-bit key of each slot of a paper: a hash of prompt, model, sampling
         parameters, paper and slot number. The list is empty if the paper keeps what it has.
         """
-        flags, prompts = self.flags, self.task.prompts
-        if self.task.keep_existing and getattr(paper, self.task.key):
+        flags, task = self.flags, self.task
+        if task.keep_existing and getattr(paper, task.key):
             return []
         sampling = (flags.temperature, flags.top_p, flags.max_tokens)
         parts = (flags.model, *sampling, paper.title, paper.abstract)
-        digests = [
-            hash_of(prompt.system, prompt.task, *parts, slot)
-            for slot, prompt in zip(range(self.task.texts), itertools.cycle(prompts), strict=False)
+        prompts = itertools.islice(itertools.cycle(task.prompts.values()), task.texts)
+        return [
+            int(hash_of(task.system, prompt, *parts, slot), 16)
+            for slot, prompt in enumerate(prompts)
         ]
-        return [int.from_bytes(digest, "big") for digest in digests]
 
     def missing(self, keys: list[int]) -> list[list[int]]:
         """Return the slots without an accepted answer, grouped into requests."""
@@ -390,14 +418,14 @@ class GenerationRun:
         """Return the JSON body of a request. The prompt follows the paper, so that servers can
         reuse the prefix that the requests on one paper share.
         """
-        prompt, n = self.task.prompts[slots[0] % len(self.task.prompts)], len(slots)
-        first = keys[slots[0]]
-        text = f"Title: {paper.title}\n\nAbstract: {paper.abstract}\n\n"
+        prompts, n, first = list(self.task.prompts.values()), len(slots), keys[slots[0]]
+        prompt = prompts[slots[0] % len(prompts)].replace("{n}", str(n))
+        text = f"Title: {paper.title}\n\nAbstract: {paper.abstract}\n\n{prompt}"
         body = {
             "model": self.flags.model,
             "messages": [
-                {"role": "system", "content": prompt.system},
-                {"role": "user", "content": text + prompt.task.replace("{n}", str(n))},
+                {"role": "system", "content": self.task.system},
+                {"role": "user", "content": text},
             ],
             "temperature": self.flags.temperature,
             "top_p": self.flags.top_p,
@@ -412,17 +440,16 @@ class GenerationRun:
             body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return body
 
-    def cost(self, billed: list[float]) -> float:
-        """Return the price of (prompt tokens, completion tokens)."""
-        return (billed[0] * self.flags.price_in + billed[1] * self.flags.price_out) / 1e6
+    def cost(self, read: float, written: float) -> float:
+        """Return the usual price of so many prompt tokens and completion tokens."""
+        return (read * self.flags.price_in + written * self.flags.price_out) / 1e6
 
     def budget_is_spent(self, reserved: float = 0.0) -> bool:
         """Return whether --max-cost is reached, given what requests in progress may cost."""
-        budget = self.flags.max_cost
-        return budget is not None and self.cost(self.answers.billed) + reserved >= budget
+        return self.cost(*self.answers.billed) + reserved >= self.flags.max_cost
 
 
-class AnswerJournal:
+class AnswerJournal(Journal):
     """The journal of all answers. For each accepted text memory holds two integers: the key of its
     slot and its position in the file.
     """
@@ -431,61 +458,57 @@ class AnswerJournal:
         path.touch()
         with path.open("rb") as lines:
             damaged = sum(1 for _ in lines)
-        self.journal = Journal(path, keep=_is_intact)
+        super().__init__(path, keep=_is_intact)
         self.offsets: dict[int, int] = {}  # key -> position of the accepted text
         self.rejected: Counter[int] = Counter()  # key -> number of rejected texts
-        self.tokens = [0, 0]  # prompt tokens, completion tokens
-        self.billed = [0.0, 0.0]  # the same, with tokens of batches at their share of the price
-        for offset, row in Journal.scan(path):
+        # Prompt tokens and completion tokens; those of batches count with their share of the price.
+        self.billed = [0.0, 0.0]
+        for offset, row in self.scan(path):
             self._count(offset, row)
             damaged -= 1
         if damaged:
-            what = f"{path}: left out {damaged} torn or damaged rows"
-            log.warning("%s; their texts are requested again", what)
+            log.warning("%s: left out %d torn or damaged rows", path, damaged)
 
     def _count(self, offset: int, row: dict[str, Any]) -> None:
         if "rejected" in row:
             self.rejected[row["key"]] += 1
         else:
             self.offsets[row["key"]] = offset
-        for i, name in enumerate(("prompt_tokens", "completion_tokens")):
-            self.tokens[i] += row[name]
+        for i, name in enumerate(TOKENS):
             self.billed[i] += row[name] * (BATCH_PRICE if "batch" in row else 1)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one text, with a checksum."""
-        self._count(self.journal.append(row | {"sum": _checksum(row)}), row)
+        self._count(self.append(row | {"sum": _checksum(row)}), row)
 
     def texts(self, keys: list[int]) -> dict[int, str]:
         """Return slot -> accepted text for the slots with these keys."""
         return {
-            slot: self.journal.row_at(self.offsets[key])["text"]
+            slot: self.row_at(self.offsets[key])["text"]
             for slot, key in enumerate(keys)
             if key in self.offsets
         }
 
     def close(self) -> None:
         """Close the journal, and remove it if it is empty."""
-        self.journal.close()
-        if not self.journal.path.stat().st_size:
-            self.journal.path.unlink()
+        super().close()
+        if not self.path.stat().st_size:
+            self.path.unlink()
 
 
 def _is_intact(row: dict[str, Any]) -> bool:
     """Return whether a row is as it was written. Rows of early versions have no checksum."""
-    kinds: dict[str, type] = {"key": int, "id": str, "slot": int, "text": str}
-    kinds |= {"prompt_tokens": int, "completion_tokens": int}
-    typed = all(type(row.get(name)) is kind for name, kind in kinds.items())
-    return typed and row.get("sum", _checksum(row)) == _checksum(row)
+    keys = {"key", "id", "slot", "text", *TOKENS}
+    return keys <= row.keys() and row.get("sum", _checksum(row)) == _checksum(row)
 
 
 def _checksum(row: dict[str, Any]) -> str:
-    return hash_of(*sorted(item for item in row.items() if item[0] != "sum")).hex()
+    return hash_of(*sorted(item for item in row.items() if item[0] != "sum"))
 
 
-def hash_of(*parts: object) -> bytes:
-    """Return a hash of 8 bytes that is the same in every run and version."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+def hash_of(*parts: object) -> str:
+    """Return a 64-bit hash, in hexadecimal, that is the same in every run and version."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def most_tokens(body: dict[str, Any]) -> tuple[int, int]:

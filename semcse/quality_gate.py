@@ -1,7 +1,6 @@
 """The quality gate: cleans what a language model answered, and says why a text must not be used.
 
-The rules and thresholds are our choice. This module knows nothing of servers, prompts or files: its
-functions take plain values.
+The rules and thresholds are our choice.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from semcse.papers import normalise
 
 SAME_WORDS = 0.8  # Jaccard index of their word sets from which two texts are near-duplicates
 COPIED = 0.7  # share of its word 5-grams in the source from which a text is a copy
-# Longer answers are cut to this many characters: the time for cleaning grows with the square.
-LONGEST_TEXT = 4_000
-# A text with more characters than this for each allowed word is too long.
-CHARS_PER_WORD = 40
+LONGEST_TEXT = 4_000  # characters; the time for cleaning an answer grows with their square
+CHARS_PER_WORD = 40  # most characters of a text for each word that it may have
 
 _STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", '\'\'""""')
 _LIST_MARK = re.compile(r"^(?:[-*+•>]+|#{1,6}|\(?\d{1,2}[.)])\s+")
@@ -103,7 +100,7 @@ def judge(
     question: bool = False,
     cut: bool = False,
 ) -> str | None:
-    """Decide whether a cleaned text may enter the data.
+    """Return the first reason why a cleaned text must not enter the data, or None if it is good.
 
     Args:
         text: what `clean` returned.
@@ -113,9 +110,6 @@ def judge(
         others: texts of the same paper that were accepted before.
         question: whether the text may be a question.
         cut: whether the token limit ended the text.
-
-    Returns:
-        The first reason against the text, or None if it is good.
     """
     reasons: dict[str, Callable[[], object]] = {
         "cut off": lambda: cut,
@@ -152,13 +146,8 @@ def _ngrams_found(text: str, source: str, n: int) -> list[bool]:
 
 def alike(one: str, two: str) -> bool:
     """Return whether the word sets of two texts have a Jaccard index of at least SAME_WORDS."""
-    a, b = _word_set(one), _word_set(two)
+    a, b = set(_words(one).split()), set(_words(two).split())
     return len(a & b) >= SAME_WORDS * max(1, len(a | b))
-
-
-@functools.lru_cache(1024)
-def _word_set(text: str) -> frozenset[str]:
-    return frozenset(_words(text).split())
 
 
 @functools.lru_cache(1024)

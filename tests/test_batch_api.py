@@ -30,7 +30,6 @@ generate = generating.generate  # a fixture
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_api, "POLL", 0)
-    monkeypatch.setattr(batch_api, "MAX_COLLECTED", 3)
 
 
 def nothing_left(done: Outcome) -> bool:

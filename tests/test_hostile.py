@@ -21,12 +21,10 @@ from hostile import BAD_LINES, NASTY, Place, jsonl, nasty_papers
 from test_report import Page
 
 import collect_papers
-import generate_search_queries
 from load_data import read_training_papers
 from semantic_benchmark import read_evaluation_papers
 from semcse import command_line
-from semcse.generation import GenerationRun, GenerationTask, generate_texts
-from semcse.generation_flags import GenerationFlags
+from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 from semcse.papers import LONGEST_WORD, read_papers
 from settings import Settings, complete
 
@@ -40,8 +38,7 @@ SCRIPTS: dict[str, Callable[[Path, Path], Any]] = {
     ),
     "generate": lambda path, out: generate_texts(
         GenerationFlags(path, out, ("http://127.0.0.1:9/v1",), "m", estimate=True),
-        GenerationTask("query", (generate_search_queries.QUERY,), 1, min_texts=1, words=(2, 9)),
-        GenerationRun,
+        GenerationTask("query", "", {"query": "Write."}, texts=1, min_texts=1, words=(2, 9)),
     ),
 }
 

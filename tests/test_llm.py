@@ -1,4 +1,4 @@
-"""The client of language models (llm.py, server_pool.py) on servers that misbehave."""
+"""The client of language models (llm.py) on servers that misbehave."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semcse.errors import RunError, UserError
-from semcse.llm import Answer, api_key, read_answer
-from semcse.server_pool import ServerPool, Stopped
+from semcse.llm import Answer, ServerPool, creating_clients, read_answer
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +106,8 @@ def test_a_key_that_no_header_can_contain_is_refused(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UserError, match="OPENAI_API_KEY contains") as error:
-        api_key()
+    with pytest.raises(UserError, match="OPENAI_API_KEY contains") as error, creating_clients():
+        pass
     assert key not in str(error.value)
 
 
@@ -264,6 +263,6 @@ def test_a_pool_that_is_stopping_sends_nothing() -> None:
         pool.stopping = True
         await pool.ask(body(), 0)
 
-    with FakeServer() as server, pytest.raises(Stopped):
+    with FakeServer() as server, pytest.raises(asyncio.CancelledError):
         with_pool(use, server.url)
     assert server.requests == []
