@@ -9,8 +9,6 @@ queries of the SemCSE paper are by mistralai/Mistral-Small-3.1-24B-Instruct-2503
 ours, because theirs is not in the authors' README, model card or main.py.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ missing. The prompts are ours, because those of the SemCSE paper are not in the 
 model card or main.py. The sampling parameters are those of SemCSE-Multi, by the same group.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ lists the files. Before an upload, the script checks that transformers and sente
 give the same vectors as this project. The token comes from HF_TOKEN or from `hf auth login`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -6,8 +6,6 @@ and a run ends when no server answers any more. Batches (batch_api.py) share the
 module. The import takes a second, so scripts import it only to send requests.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The model card that publish_model.py uploads. Its text is in model_card.md.j2."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 The rules and thresholds are our choice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -4,8 +4,6 @@ python -m semcse.report runs/quickstart-euclidean
 python -m semcse.report runs/quickstart-euclidean runs/quickstart-cosine
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import logging
