@@ -31,26 +31,17 @@ def read_training_papers(
 
     Returns:
         The papers to train on, and the papers held out to choose the best checkpoint.
-
-    Raises:
-        UserError: The file has an error, or too few usable papers.
     """
     stream = read_papers(settings.train_file, ("summaries",), settings.skip_invalid)
     papers, dropped = drop_seen(stream, SeenPapers(evaluation))
     if dropped:
-        log.info(
-            "dropped %d training papers that are in %s (%s)",
-            dropped.total(),
-            settings.eval_file,
-            ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items())),
-        )
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
+        text = "dropped %d training papers that are in %s (%s)"
+        log.info(text, dropped.total(), settings.eval_file, reasons)
     papers = trainable(papers)
     if len(papers) < FEWEST_PAPERS:
-        raise UserError(
-            f"{settings.train_file}: {len(papers)} papers with two different summaries are too few"
-            " to train and validate on",
-            "give at least four",
-        )
+        what = f"{settings.train_file}: only {len(papers)} papers have two different summaries"
+        raise UserError(what, f"give at least {FEWEST_PAPERS} to train and validate on")
     train, held_out = split_validation(
         papers, settings.validation_share, settings.validation_papers, settings.seed
     )
@@ -63,9 +54,8 @@ def trainable(papers: Iterable[Paper]) -> list[Paper]:
     papers = list(papers)
     kept = [paper for paper in papers if len(paper.summaries) >= 2]
     if len(kept) < len(papers):
-        log.info(
-            "left out %d papers with fewer than two different summaries", len(papers) - len(kept)
-        )
+        text = "left out %d papers with fewer than two different summaries"
+        log.info(text, len(papers) - len(kept))
     return kept
 
 
@@ -86,9 +76,6 @@ def split_validation(
 
     Returns:
         The papers to train on and the held-out papers, at least two each.
-
-    Raises:
-        UserError: There are fewer than four papers.
     """
     wanted = max(2, min(most, round(share * len(papers))))
     limit = min(2 * wanted, len(papers) - 2)  # leaves at least two papers to train on
@@ -106,10 +93,7 @@ def split_validation(
         if len(held_out) >= 2:
             train = [paper for paper in papers if paper.id not in held_out]
             return train, [paper for paper in papers if paper.id in held_out]
-    raise UserError(
-        f"{len(papers)} papers with two different summaries are too few to train and validate on",
-        "give at least four papers",
-    )
+    raise UserError(f"{len(papers)} papers are too few to split", "give at least four papers")
 
 
 def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:

@@ -115,17 +115,10 @@ def default_settings(profile: Profile) -> Settings:
 
 
 def parse_settings(args: Sequence[str] | None = None) -> Settings:
-    """Read the settings from the command line.
+    """Read the settings from the command line, and complete them.
 
     Args:
         args: The words after the script's name; None takes them from `sys.argv`.
-
-    Returns:
-        Settings without open choices (see `complete`).
-
-    Raises:
-        UserError: A value is out of range.
-        SystemExit: A flag is unknown or has a value of the wrong type (exit code 2).
     """
     words = list(sys.argv[1:] if args is None else args)
     default = default_settings(_find_profile(words))
@@ -144,10 +137,7 @@ def _find_profile(words: list[str]) -> Profile:
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill in the settings that depend on others, and check the range of each.
-
-    Returns:
-        The same settings with margin, temperature and output folder set.
+    """Fill in the settings that depend on others (margin, temperature, output folder).
 
     Raises:
         UserError: A value is out of range.
@@ -183,11 +173,7 @@ def _check(name: str, valid: bool, requirement: str) -> None:
 
 
 def require_files(settings: Settings) -> None:
-    """Check that the data of the paper profile has been made.
-
-    Raises:
-        UserError: A file is missing; the message names the scripts that make it.
-    """
+    """Raise a UserError that names the scripts to run if a file of the paper profile is missing."""
     for key in ("train_file", "eval_file"):
         path = getattr(settings, key)
         if path == PROFILES["paper"][key] and not Path(path).exists():

@@ -21,7 +21,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,12 +134,8 @@ def contrastive_loss(
     else:
         value = info_nce_loss(to_positive, to_negatives, temperature)
         active = to_negatives.amin(dim=1) <= to_positive
-    return BatchLoss(
-        value,
-        to_positive.mean().item(),
-        to_negatives.mean().item(),
-        active.float().mean().item(),
-    )
+    figures = to_positive.mean(), to_negatives.mean(), active.float().mean()
+    return BatchLoss(value, *(figure.item() for figure in figures))
 
 
 def relative_std(vectors: Tensor) -> float:
@@ -201,13 +197,9 @@ def train(
         group: The processes that train together; each of them calls this function. Only rank 0
             writes to its folder, and only the encoder of rank 0 is the result.
 
-    Returns:
-        The progress at the end.
-
     Raises:
-        RunError: The loss is not finite, memory is short, or another process has ended. The
-            checkpoints written so far are kept.
-        KeyboardInterrupt, errors.Terminated: A signal arrived. A checkpoint was written before.
+        RunError: The loss is not finite, memory is short, or another process has ended. Like
+            KeyboardInterrupt and Terminated, it leaves checkpoints to continue from.
     """
     trainer = Trainer(encoder, papers, held_out, settings, folder, group)
     with StopSignal(patient=group.size > 1) as stop, trainer.resume():
@@ -245,27 +237,17 @@ class Trainer:
         self.start_weights = self._copy_weights() if settings.start_share else {}
         self.best_weights: dict[str, Tensor] = {}  # of the best validation, on the CPU
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
+            self.parameters.values(), weight_decay=settings.weight_decay, fused=True
         )
-        self.loss = partial(
-            contrastive_loss,
-            metric=settings.metric,
-            loss=settings.loss,
-            margin=settings.margin or 0.0,
-            temperature=settings.temperature or 1.0,
-        )
+        names = ("metric", "loss", "margin", "temperature")
+        options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        self.loss: Callable[..., BatchLoss] = partial(contrastive_loss, **options)
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between processes
-        log.info(
-            "training on %s in %s, %d steps an epoch",
-            encoder.device,
-            "bf16 autocast" if self.bf16 else "float32",
-            steps_per_epoch(papers, settings.batch_size),
-        )
+        arithmetic = "bf16 autocast" if self.bf16 else "float32"
+        epoch = steps_per_epoch(papers, settings.batch_size)
+        log.info("training on %s in %s, %d steps an epoch", encoder.device, arithmetic, epoch)
 
     def run(self, stop: StopSignal) -> None:
         """Train until max_steps, until patience runs out, or until a signal arrives."""
@@ -292,11 +274,8 @@ class Trainer:
                 if self._is_due(settings.checkpoint_every):
                     self.save_checkpoint()
         if self.progress.validations_since_best >= settings.patience:
-            log.info(
-                "stopped early at step %d: %d validations without a better result",
-                self.progress.step,
-                settings.patience,
-            )
+            text = "stopped early at step %d: %d validations without a better result"
+            log.info(text, self.progress.step, settings.patience)
 
     def _continues(self, stop: StopSignal) -> bool:
         """Decide together with the other processes whether another step follows.
@@ -420,14 +399,8 @@ class Trainer:
         step = self.progress.step
         row = {"step": step, "validation_rank": rank, "validation_loss": loss}
         self.metrics.append(row | {"validation_pool": len(first), "best": better})
-        log.info(
-            "step %d: validation mean rank %.3f of %d, loss %.4f%s",
-            step,
-            rank,
-            len(first),
-            loss,
-            " (best)" if better else "",
-        )
+        text = "step %d: validation mean rank %.3f of %d, loss %.4f" + (" (best)" if better else "")
+        log.info(text, step, rank, len(first), loss)
 
     def _copy_weights(self) -> dict[str, Tensor]:
         """Copy the current weights to the CPU."""
@@ -448,11 +421,8 @@ class Trainer:
             start = self.start_weights
             weights = {name: w.lerp(start[name], share) for name, w in weights.items()}
         self._load_weights(weights)
-        log.info(
-            "best validation at step %d (0 is the start of training): mean rank %.3f",
-            self.progress.best_step,
-            self.progress.best_rank,
-        )
+        text = "best validation at step %d (0 is the start of training): mean rank %.3f"
+        log.info(text, self.progress.best_step, self.progress.best_rank)
 
     # Checkpoints
 
@@ -470,13 +440,9 @@ class Trainer:
         for rank, states in enumerate(random_states):
             tensors |= {f"random/{kind}/{rank}": state for kind, state in states.items()}
         self.metrics.sync()  # the rows up to a checkpoint must be on disk before it
-        checkpoints.write(
-            self.checkpoints,
-            self.progress.step,
-            tensors,
-            dataclasses.asdict(self.progress),
-            self.settings.keep_checkpoints,
-        )
+        step, progress = self.progress.step, dataclasses.asdict(self.progress)
+        keep = self.settings.keep_checkpoints
+        checkpoints.write(self.checkpoints, step, tensors, progress, keep)
 
     @contextlib.contextmanager
     def resume(self) -> Iterator[None]:
