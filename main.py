@@ -5,8 +5,6 @@ python main.py --metric cosine      the cosine version (or edit the line `metric
 python main.py --profile paper      the published setting: full data, GPU
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import sys
@@ -64,7 +62,7 @@ def main() -> None:
         write_report(settings, folder)
 
 
-def benchmark(encoder: Encoder, papers: list[Paper], settings: Settings, path: Path) -> None:
+def benchmark(encoder: "Encoder", papers: "list[Paper]", settings: Settings, path: Path) -> None:
     """Score `encoder` on the four tasks and write the result to `path`.
 
     A resumed run keeps a result that it has written before.

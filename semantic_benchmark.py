@@ -29,8 +29,6 @@ These definitions, the halves and k are our choices: the authors' README, model 
 not contain them. `semcse/distances.py` computes exact ranks and neighbours block by block.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import sys
@@ -84,10 +82,10 @@ class Evaluation:
 
     report: dict[str, Any]  # the measured part of benchmark.json
     per_paper: dict[str, Values]  # task -> (papers,) rank or purity; NaN: the paper is no query
-    abstracts: Tensor  # (papers, d) vectors of the abstracts
+    abstracts: "Tensor"  # (papers, d) vectors of the abstracts
 
 
-def evaluate(encoder: Encoder, papers: list[Paper], seed: int, label: str = "") -> Evaluation:
+def evaluate(encoder: "Encoder", papers: list[Paper], seed: int, label: str = "") -> Evaluation:
     """Score one model on the four tasks.
 
     Args:
@@ -138,7 +136,7 @@ def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
 
 
 def ranking(
-    queries: Tensor, candidates: Tensor, positives: list[int], metric: Metric, seed: int
+    queries: "Tensor", candidates: "Tensor", positives: list[int], metric: Metric, seed: int
 ) -> tuple[dict[str, Any], Values]:
     """Scores of a ranking task (a reason if there are none), and the (n,) ranks of its queries.
 
@@ -171,7 +169,7 @@ def ranking(
 
 
 def clustering(
-    abstracts: Tensor, fields: list[str], metric: Metric, seed: int, k: int = 10
+    abstracts: "Tensor", fields: list[str], metric: Metric, seed: int, k: int = 10
 ) -> tuple[dict[str, Any], Values]:
     """Scores of the clustering task (a reason if there are none), and the purity of each paper,
     (papers,), which is NaN if the paper is no query.
@@ -230,7 +228,9 @@ def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, f
     return {model: None if np.isnan(x) else float(x) for model, x in zip(tables, perf, strict=True)}
 
 
-def describe(encoder: Encoder, eval_file: str, evaluation: Evaluation, seed: int) -> dict[str, Any]:
+def describe(
+    encoder: "Encoder", eval_file: str, evaluation: Evaluation, seed: int
+) -> dict[str, Any]:
     """The object of benchmark.json for one model (README, "Benchmark protocol")."""
     usage = asdict(encoder.usage)
     return {

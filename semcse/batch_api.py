@@ -8,8 +8,6 @@ creation response was lost (the run was killed, the connection broke) is found a
 Memory holds the requests or the answers of one batch.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import io
@@ -90,7 +88,7 @@ class BatchRun(GenerationRun):
             else:
                 self.path.unlink()
 
-    async def _poll(self, stop: StopSignal, bar: tqdm[Any]) -> None:
+    async def _poll(self, stop: StopSignal, bar: "tqdm[Any]") -> None:
         """Submit and collect until nothing is in progress or the run must stop."""
         news, faults_in_a_row = True, 0
         while not stop.received:
@@ -190,7 +188,7 @@ class BatchRun(GenerationRun):
                 self._note(file, batch=batches[file].id)
         return batches
 
-    def _collect_ended(self, bar: tqdm[Any]) -> bool:
+    def _collect_ended(self, bar: "tqdm[Any]") -> bool:
         """Show the state of the batches, collect those that have ended, and return whether there
         are any.
         """

@@ -2,8 +2,6 @@
 semcse/errors.py lists).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging
@@ -13,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from semcse.errors import Terminated, UserError, memory_named, printable, without_secrets
 
@@ -87,7 +85,7 @@ class StopSignal:
         self.received: int | None = None
         self._patient = patient
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         kinds = (signal.SIGINT, signal.SIGTERM)
         self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         return self

@@ -5,8 +5,6 @@ card) or the mean over its tokens ("mean"). Models that others trained may also 
 ("last") or the output of the model's pooler layer ("pooler").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,7 +160,7 @@ class Encoder:
         full = [text for text, row in zip(texts, ids, strict=True) if len(row) >= limit]
         return ids, sum(len(row) > limit for row in self.tokenize(full, 10**9)) if full else 0
 
-    def _embed_chunk(self, ids: list[list[int]], bar: tqdm[Any]) -> Tensor:
+    def _embed_chunk(self, ids: list[list[int]], bar: "tqdm[Any]") -> Tensor:
         """Return the vectors (n, d) of n tokenized texts, batched by length for speed."""
         vectors, order = [], []
         for batch in packed.split_by_tokens(ids, BATCH_TOKENS[self.device.type]):

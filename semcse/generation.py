@@ -7,8 +7,6 @@ that wants more texts than before, pays only for what is missing. A run reads it
 to count what is missing (survey), to request it (send), and to write the output in order (write).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gzip
@@ -169,7 +167,7 @@ class GenerationRun:
     """One run of a task with single requests."""
 
     def __init__(
-        self, flags: GenerationFlags, task: GenerationTask, answers: AnswerJournal
+        self, flags: GenerationFlags, task: GenerationTask, answers: "AnswerJournal"
     ) -> None:
         self.flags, self.task, self.answers = flags, task, answers
         self.share = BATCH_PRICE if flags.batch else 1.0  # of the usual price
@@ -272,7 +270,7 @@ class GenerationRun:
         self.count["failed"] += len(slots)
 
     def record(
-        self, pending: PendingPaper, slots: list[int], answer: Answer, done: Collection[int] = ()
+        self, pending: PendingPaper, slots: list[int], answer: "Answer", done: Collection[int] = ()
     ) -> list[int]:
         """Judge the texts of an answer, append them to the journal, accepted or not, and return the
         slots whose texts were rejected. Slots in `done` are in the journal already.

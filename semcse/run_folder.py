@@ -1,7 +1,5 @@
 """The output folder of a training run: locked, resumable, and visibly unfinished until it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
@@ -9,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from semcse import files
 from semcse.errors import UserError
@@ -46,7 +44,7 @@ class RunFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def locked(cls, output: Path) -> Iterator[RunFolder]:
+    def locked(cls, output: Path) -> Iterator[Self]:
         """Open the run folder `output` and hold its lock, so that no other process uses it."""
         output = output.resolve()
         check_output_folder(output)

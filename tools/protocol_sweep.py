@@ -8,8 +8,6 @@ the three ranking tasks imply similar pool sizes, it is likely that the evaluati
 halving rule are those of the authors. The method is our choice.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Collection, Mapping
@@ -65,7 +63,7 @@ def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
 
 
 def sweep(
-    encoder: Encoder, papers: list[Paper], published: Mapping[str, float], tasks: Collection[str]
+    encoder: "Encoder", papers: list[Paper], published: Mapping[str, float], tasks: Collection[str]
 ) -> dict[str, Any]:
     """Compare a model with its published scores (task -> main score).
 

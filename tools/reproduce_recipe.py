@@ -11,8 +11,6 @@ cosine distance, and is compared with the encoder as its authors use it. All dif
 the same papers are resampled for both models. A stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import tomllib
@@ -106,7 +104,7 @@ def recipe_settings(name: str, command: Command, seed: int) -> Settings:
     return complete(dataclasses.replace(default_settings("quickstart"), **changes))
 
 
-def starting_encoder(settings: Settings) -> Encoder:
+def starting_encoder(settings: Settings) -> "Encoder":
     """The encoder that training starts from, used as the settings say."""
     from semcse.encoder import Usage
     from semcse.models import load_for_training
@@ -115,7 +113,7 @@ def starting_encoder(settings: Settings) -> Encoder:
     return load_for_training(settings.encoder, usage, settings.device)
 
 
-def trained_encoder(settings: Settings) -> Encoder:
+def trained_encoder(settings: Settings) -> "Encoder":
     """Train an encoder, or load it if an earlier call trained it with the same settings."""
     from semcse.model_folder import save_model
     from semcse.models import load_model

@@ -3,8 +3,6 @@
 python tools/scirepeval_export.py --model runs/quickstart-euclidean/model --output runs/scirepeval
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sys
@@ -32,7 +30,7 @@ class Command:
     trust_remote_code: bool = False  # allow a model to bring and run its own Python code
 
 
-def export_model(encoder: Encoder, folder: Path) -> None:
+def export_model(encoder: "Encoder", folder: Path) -> None:
     """Write `folder`/model and `folder`/tokenizer, if SciRepEval's code would use the model as
     `encoder.usage` says.
     """
