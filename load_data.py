@@ -5,7 +5,6 @@ evaluation also uses, hold some papers out to choose the best checkpoint, and dr
 """
 
 import logging
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -38,7 +37,10 @@ def read_training_papers(
         reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(dropped.items()))
         text = "dropped %d training papers that are in %s (%s)"
         log.info(text, dropped.total(), settings.eval_file, reasons)
-    papers = trainable(papers)
+    untrainable = sum(len(paper.summaries) < 2 for paper in papers)
+    if untrainable:
+        log.info("left out %d papers with fewer than two different summaries", untrainable)
+        papers = [paper for paper in papers if len(paper.summaries) >= 2]
     if len(papers) < FEWEST_PAPERS:
         what = f"{settings.train_file}: only {len(papers)} papers have two different summaries"
         raise UserError(what, f"give at least {FEWEST_PAPERS} to train and validate on")
@@ -47,16 +49,6 @@ def read_training_papers(
     )
     log.info("%d papers to train on, %d held out for validation", len(train), len(held_out))
     return train, held_out
-
-
-def trainable(papers: Iterable[Paper]) -> list[Paper]:
-    """Keep the papers with at least two different summaries, and log how many are left out."""
-    papers = list(papers)
-    kept = [paper for paper in papers if len(paper.summaries) >= 2]
-    if len(kept) < len(papers):
-        text = "left out %d papers with fewer than two different summaries"
-        log.info(text, len(papers) - len(kept))
-    return kept
 
 
 def split_validation(

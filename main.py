@@ -51,7 +51,7 @@ def main() -> None:
         train(encoder, papers, held_out, settings, Path(), group)
         return
     with RunFolder.locked(Path(settings.output_dir)) as folder:
-        folder.begin(dataclasses.asdict(settings), facts, settings.resume)
+        folder.begin(dataclasses.asdict(settings), facts, settings.resume, settings.overwrite)
         command_line.log_to_stderr(folder.path / "run.log")
         benchmark(encoder, evaluation, settings, folder.path / "before.json")
         train(encoder, papers, held_out, settings, folder.path, group)
@@ -85,18 +85,16 @@ def write_report(settings: Settings, folder: RunFolder) -> None:
 
     results = {name: files.read_json(folder.path / f"{name}.json") for name in ROWS}
     table = table_lines({f"{settings.encoder} {ROWS[name]}": results[name] for name in ROWS})
-    usages = [
-        f'"{settings.encoder} {ROWS[name]}": {result["pooling"]} pooling, '
-        f"{result['metric']} distance."
-        for name, result in results.items()
-    ]
-    title = f"SemCSE run {Path(settings.output_dir).name}"
-    text = markdown(title, table, [*notes_on(results["benchmark"]), *usages])
+    notes = notes_on(results["benchmark"])
+    for name, result in results.items():
+        usage = f"{result['pooling']} pooling, {result['metric']} distance"
+        notes.append(f'"{settings.encoder} {ROWS[name]}": {usage}.')
+    text = markdown(f"SemCSE run {Path(settings.output_dir).name}", table, notes)
     files.write_text(folder.path / "benchmark.md", text)
     folder.finish()
-    logging.info("the trained model is %s", folder.output / "model")
+    logging.info("the trained model is %s", folder.path / "model")
     print("\n" + text.rstrip())
-    make(folder.output)
+    make(folder.path)
 
 
 if __name__ == "__main__":

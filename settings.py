@@ -71,6 +71,7 @@ class Settings:
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     precision: Precision = "auto"  # of training; auto: bf16 autocast if the hardware has it
     resume: bool = False  # continue the unfinished run in the output folder
+    overwrite: bool = False  # replace the run in the output folder
 
 
 PROFILES: dict[Profile, dict[str, Any]] = {
@@ -177,8 +178,6 @@ def require_files(settings: Settings) -> None:
     for key in ("train_file", "eval_file"):
         path = getattr(settings, key)
         if path == PROFILES["paper"][key] and not Path(path).exists():
-            raise UserError(
-                f"{path}: no such file",
-                "make the data of the paper profile with collect_papers.py,"
-                " generate_search_queries.py and generate_train_summaries.py (README, Reproduce)",
-            )
+            scripts = "collect_papers.py, generate_search_queries.py, generate_train_summaries.py"
+            fix = f"make the paper profile's data with {scripts} (README, Reproduce)"
+            raise UserError(f"{path}: no such file", fix)

@@ -251,16 +251,11 @@ class Trainer:
 
     def run(self, stop: StopSignal) -> None:
         """Train until max_steps, until patience runs out, or until a signal arrives."""
-        settings = self.settings
-        if self.progress.step == 0:
+        settings, done = self.settings, self.progress.step
+        if done == 0:
             self.validate()
-        bar = tqdm(
-            total=settings.max_steps,
-            initial=self.progress.step,
-            desc="training",
-            unit="step",
-            disable=self.group.rank > 0,
-        )
+        options: Any = {"desc": "training", "unit": "step", "disable": self.group.rank > 0}
+        bar = tqdm(total=settings.max_steps, initial=done, **options)
         with logging_redirect_tqdm(), bar:
             while self._continues(stop):
                 row = self.train_step()
@@ -312,12 +307,10 @@ class Trainer:
         ).item()
         loss = batch_loss.loss.item()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise RunError(
-                f"step {progress.step + 1}: the loss ({loss}) or the gradient norm"
-                f" ({gradient_norm}) is not finite",
-                "start again in another --output-dir with a lower --learning-rate or with"
-                f" --precision float32; the checkpoints so far are in {self.checkpoints}",
-            )
+            what = f"loss {loss} or gradient norm {gradient_norm} is not finite"
+            fix = "start again in another --output-dir, with a lower --learning-rate or with"
+            fix += f" --precision float32; the checkpoints so far are in {self.checkpoints}"
+            raise RunError(f"step {progress.step + 1}: {what}", fix)
         rate = learning_rate(settings, progress.step)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = rate
@@ -329,12 +322,10 @@ class Trainer:
         seconds = time.perf_counter() - started
         return {
             "step": progress.step,
+            **vars(batch_loss),
             "loss": loss,
             "loss_ema": progress.loss_ema,
             "learning_rate": rate,
-            "positive_distance": batch_loss.positive_distance,
-            "negative_distance": batch_loss.negative_distance,
-            "active_share": batch_loss.active_share,
             "grad_norm": gradient_norm,
             "relative_std": relative_std(vectors),
             "pairs_per_second": round(len(pairs) / seconds, 2),

