@@ -16,8 +16,8 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-quickstart: .venv  ## install, train and evaluate on the sample papers (minutes on two CPU cores)
-	$(BIN)/python main.py
+quickstart: .venv  ## install, train and evaluate on the sample papers (minutes); ARGS=--overwrite to repeat
+	$(BIN)/python main.py $(ARGS)
 
 test: .venv  ## install, then check format, lint and types, and run the tests
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from conftest import ROOT, make_paper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from load_data import batch_pairs, split_validation, steps_per_epoch, trainable
+from load_data import batch_pairs, split_validation, steps_per_epoch
 from semantic_benchmark import halves
 from semcse.errors import UserError
 from semcse.papers import Paper, read_papers
@@ -272,8 +272,8 @@ def test_equal_summaries_are_never_a_pair(papers_file: Callable[..., Path]) -> N
         make_paper(1, summaries=["One.", "one", " ONE "]),
     ]
     papers = list(read_papers(papers_file(rows), ("summaries",)))
-    assert [paper.id for paper in trainable(papers)] == ["paper-0"]
-    pairs = {pair for step in range(50) for pair in batch_pairs(trainable(papers), 0, step, 2)}
+    assert [len(paper.summaries) for paper in papers] == [2, 1]
+    pairs = {pair for step in range(50) for pair in batch_pairs(papers[:1], 0, step, 2)}
     assert pairs == {("The soil dries.", "Rivers fall."), ("Rivers fall.", "The soil dries.")}
 
 

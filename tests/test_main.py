@@ -28,7 +28,6 @@ from toy_training import (
     assert_same_tensors,
     before_step,
     comparable,
-    fail,
     interrupt,
     rows_of,
     toy_papers,
@@ -222,22 +221,12 @@ def test_unfinished_runs(
     assert again.code == 2
     assert "no unfinished run" in again.said[-1]
 
-
-def test_refusal_of_a_hidden_unfinished_run_names_what_to_delete(
-    tiny_bert: Path, world: Path, monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Outcome]
-) -> None:
-    """Over a finished run the unfinished one stands beside it: the refusal must not tell the user
-    to delete the finished results, and its fix must work.
-    """
-    assert run_main(*base_words(tiny_bert, max_steps=2)).code == 0
     finished = contents(world / "out")
-    before_step(monkeypatch, 1, fail)
-    crashed = run_main(*base_words(tiny_bert, max_steps=3))
-    assert crashed.code != 0
-    assert contents(world / "out") == finished
-    refused = run_main(*base_words(tiny_bert, max_steps=3))
-    assert refused.code == 2
-    assert str(Path("out").with_name(".out.next")) in refused.said[-1]
+    refused = run_main(*base_words(tiny_bert, max_steps=2))
+    assert (refused.code, contents(world / "out")) == (2, finished)
+    assert "--overwrite, or name another --output-dir" in refused.said[-1]
+    assert run_main(*base_words(tiny_bert, max_steps=2), "--overwrite").code == 0
+    assert [row["step"] for row in rows_of(world / "out")[0]] == [1, 2]
 
 
 def test_divergence_as_a_user_sees_it(
@@ -292,20 +281,20 @@ class Process:
         return self.child.wait(timeout=120)
 
 
-def test_a_run_killed_three_times_replaces_the_finished_one_only_at_its_end(
+def test_a_run_killed_three_times_equals_a_run_without_a_break(
     tiny_bert: Path, world: Path
 ) -> None:
-    """Real processes. A finished run; the same run again over it, terminated, interrupted, and
-    killed outright at a random moment, each time resumed: the old results stay whole until the end,
-    and the new ones are the same bits as those of the run without a break.
+    """Real processes. A run is terminated, interrupted, and killed outright at a random moment, and
+    each time resumed. Its results are the same bits as those of a run without a break.
     """
     words = base_words(
         tiny_bert, max_steps=260, validate_every=40, checkpoint_every=15, patience=100
     )
-    out, beside = world / "out", world / ".out.next"
-    reference = run_script(ROOT / "main.py", *words, cwd=world)
+    out = world / "out"
+    whole = [*words, "--output-dir", "whole"]
+    reference = run_script(ROOT / "main.py", *whole, cwd=world)
     assert reference.returncode == 0, reference.stderr
-    finished = contents(out)
+    finished = contents(world / "whole")
     moment = random.Random().uniform(0, 0.3)
     for sent, code, step, more in (
         (signal.SIGTERM, 143, 20, []),
@@ -313,7 +302,7 @@ def test_a_run_killed_three_times_replaces_the_finished_one_only_at_its_end(
         (signal.SIGKILL, -9, 130, ["--resume"]),
     ):
         process = Process(world, [*words, *more])
-        process.wait_for_step(beside, step)
+        process.wait_for_step(out, step)
         if sent == signal.SIGKILL:
             time.sleep(moment)
         assert process.end(sent) == code, (moment, process.log.read_text(encoding="utf-8"))
@@ -322,15 +311,12 @@ def test_a_run_killed_three_times_replaces_the_finished_one_only_at_its_end(
             last.startswith("error: terminated; " if code == 143 else "error: interrupted; ")
             or code == -9
         )
-        assert contents(out) == finished, moment
-        assert (beside / "UNFINISHED").exists()
+        assert (out / "UNFINISHED").exists()
     resumed = run_script(ROOT / "main.py", *words, "--resume", cwd=world)
     assert resumed.returncode == 0, (moment, resumed.stderr)
 
-    assert not beside.exists()
     found = contents(out)
     assert found.keys() == finished.keys()
-    assert found["run.log"] != finished["run.log"]  # the new run's, not the old one's
     assert (out / "run.log").read_text(encoding="utf-8").count("resumed from step") == 3
     assert found["model/model.safetensors"] == finished["model/model.safetensors"], moment
     before = world / "before.jsonl"

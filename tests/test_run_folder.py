@@ -30,23 +30,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def begin(output: Path, resume: bool = False, **changes: Any) -> RunFolder:
+def begin(output: Path, resume: bool = False, overwrite: bool = False, **changes: Any) -> RunFolder:
     folder = RunFolder(output)
-    folder.begin(SETTINGS | changes, {"device": "cpu"}, resume)
-    return folder
-
-
-def finished_run(output: Path, result: str) -> RunFolder:
-    folder = begin(output)
-    put_file(folder.path / "benchmark.json", result)
-    folder.finish()
+    folder.begin(SETTINGS | changes, {"device": "cpu"}, resume, overwrite)
     return folder
 
 
 def result_of(output: Path) -> str | None:
     """The result of a run that counts as finished, else None."""
-    finished = (output / "settings.json").exists() and not (output / "UNFINISHED").exists()
-    return (output / "benchmark.json").read_text() if finished else None
+    is_finished = (output / "settings.json").exists() and not (output / "UNFINISHED").exists()
+    return (output / "benchmark.json").read_text() if is_finished else None
 
 
 def test_a_run_is_unfinished_until_it_finishes(tmp_path: Path) -> None:
@@ -139,24 +132,21 @@ def test_resume_without_any_run_is_refused_and_writes_nothing(tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
-def test_a_finished_run_is_replaced_only_when_the_next_one_finishes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_run_is_replaced_only_with_overwrite(tmp_path: Path, is_finished: bool) -> None:
     output = tmp_path / "one"
-    finished_run(output, "first")
+    first = begin(output)
+    put_file(output / "benchmark.json", "first")
+    if is_finished:
+        first.finish()
     before = tree(output)
-    second = begin(output, seed=1)
-    assert second.path != output
-    assert second.path.parent == output.parent
-    put_file(second.path / "benchmark.json", "second")
-    assert RunFolder(output).path == second.path
-    assert begin(output, resume=True, seed=1).path == second.path
-    with pytest.raises(UserError, match="seed was 1, is 0"):
-        begin(output, resume=True)
-    # The folder to delete is that of the new run, not the one with the results.
-    with pytest.raises(UserError, match=re.escape(f"{second.path}: holds an unfinished run")):
-        begin(output)
+    kind = "a finished" if is_finished else "an unfinished"
+    with pytest.raises(UserError, match=f"one: holds {kind} run; .*--overwrite.*--output-dir"):
+        begin(output, seed=1)
     assert tree(output) == before
+    second = begin(output, overwrite=True, seed=1)
+    assert sorted(os.listdir(output)) == ["UNFINISHED", "settings.json"]
     second.finish()
-    assert result_of(output) == "second"
     assert files.read_json(output / "settings.json")["settings"]["seed"] == 1
     assert os.listdir(tmp_path) == ["one"]
 
@@ -173,8 +163,8 @@ def test_a_folder_with_other_files_is_refused_and_not_touched(tmp_path: Path, co
         (output / content, f"{content}: is a file; name a folder"),
         (output / content / "below", f"{content}: is a file; name a folder"),
     ):
-        with pytest.raises(UserError, match=said), RunFolder.locked(path):
-            pass
+        with pytest.raises(UserError, match=said), RunFolder.locked(path) as folder:
+            folder.begin(SETTINGS, {}, resume=False, overwrite=True)
     assert tree(tmp_path) == {f"papers/{content}": "mine"}
 
 
@@ -246,53 +236,29 @@ def test_a_run_killed_while_it_begins_never_looks_finished_and_can_be_started_ag
     runs.mkdir()
     for state in states_of(runs, lambda: begin(runs / "one"), tmp_path / "states"):
         output = state / "one"
-        assert RunFolder(output).path == output, f"looks finished: {sorted(os.listdir(output))}"
+        assert result_of(output) is None
         with contextlib.suppress(UserError):
             begin(output)
         assert begin(output, resume=True).path == output
 
 
-@pytest.mark.parametrize("has_old", [False, True])
-def test_a_run_killed_while_it_finishes_loses_nothing(tmp_path: Path, has_old: bool) -> None:
-    """At every moment either the new results are complete, or the old ones (if any) are and the new
-    run can be resumed from its checkpoints.
-
-    Regressions: the checkpoints were removed while the run still counted as unfinished; and between
-    the removal of UNFINISHED and the second rename a run was neither finished nor unfinished, and
-    the next `begin` deleted it.
-    """
+def test_a_run_killed_while_it_finishes_loses_nothing(tmp_path: Path) -> None:
+    """At every moment the run is finished, or it can be resumed from its checkpoints."""
     runs = tmp_path / "runs"
-    if has_old:
-        finished_run(runs / "one", "old")
     new = begin(runs / "one")
     put_file(new.path / "benchmark.json", "new")
     put_folder(new.path / "checkpoints", "weights")
     checkpoints = tree(new.path / "checkpoints")
     seen = set()
     for state in states_of(runs, new.finish, tmp_path / "states"):
-        opened = RunFolder(state / "one")
         result = result_of(state / "one")
         seen.add(result)
-        if result != "new":
-            assert result == ("old" if has_old else None)
-            opened.begin(SETTINGS, {}, resume=True)
-            assert (opened.path / "benchmark.json").read_text() == "new"
+        if result is None:
+            opened = begin(state / "one", resume=True)
             assert tree(opened.path / "checkpoints") == checkpoints
             opened.finish()
         assert result_of(state / "one") == "new"
-        assert not (state / "one/checkpoints").exists()
-        assert not list(state.glob(".one.old"))
-    assert seen == {"old" if has_old else None, "new"}
-
-
-def test_opening_a_run_folder_restores_the_run_that_a_kill_left_under_its_second_name(
-    tmp_path: Path,
-) -> None:
-    finished_run(tmp_path / "one", "old")
-    (tmp_path / "one").rename(tmp_path / ".one.old")
-    opened = RunFolder(tmp_path / "one")
-    assert result_of(tmp_path / "one") == "old"
-    assert opened.path != opened.output
+    assert seen == {None, "new"}
 
 
 def test_versions_say_what_a_result_was_made_with() -> None:
