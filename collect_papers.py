@@ -1,4 +1,4 @@
-"""Makes a papers file from SciRepEval, SciDocs, any other Hub data set, or your own CSV, JSON,
+"""Make a papers file from SciRepEval, SciDocs, any other Hub data set, or your own CSV, JSON,
 parquet or BibTeX file. The same command resumes a run that was interrupted.
 
     python collect_papers.py --source scidocs --output data/scidocs.jsonl.gz
@@ -69,7 +69,7 @@ class Command:
 
 
 def open_streams(command: Command) -> dict[str, Any]:
-    """Opens the data sets that a command names. Returns name -> `datasets.IterableDataset`."""
+    """Return name -> `datasets.IterableDataset` for the data sets that a command names."""
     path, name, split = Path(command.input), command.input, command.split
     configs = command.config or ("",)
     if command.source == "scidocs":
@@ -83,13 +83,13 @@ def open_streams(command: Command) -> dict[str, Any]:
 
 
 def scidocs_fields() -> dict[str, str]:
-    """Returns the fields of study of the SciDocs MAG task (both splits) by paper id."""
+    """Return the fields of study of the SciDocs MAG task (both splits) by paper id."""
     rows = open_split("allenai/scirepeval_test", "scidocs_mag", "train+test")
     return {row["paper_id"]: MAG_FIELDS[row["label"]] for row in rows}
 
 
 def paper_of(row: dict[str, Any], command: Command, stream: str, fields: dict[str, str]) -> Paper:
-    """Makes a Paper of an object in a row. `fields` holds known fields of study by paper id."""
+    """Make a Paper from an object in a row. `fields` holds known fields of study by paper id."""
     names = ("title", "abstract", "field", "query")
     texts: dict[str, Any] = {name: text_of(row.get(getattr(command, name))) for name in names}
     columns = ID_COLUMNS.get(command.source or "", (command.id,))
@@ -105,7 +105,7 @@ def paper_of(row: dict[str, Any], command: Command, stream: str, fields: dict[st
 
 
 def repeats_title(paper: Paper) -> bool:
-    """Returns whether the abstract contains a title of at least TITLE_WORDS words."""
+    """Return whether the abstract contains a title of at least TITLE_WORDS words."""
     title, abstract = (re.findall(r"\w+", normalise(t)) for t in (paper.title, paper.abstract))
     return len(title) >= TITLE_WORDS and f" {' '.join(title)} " in f" {' '.join(abstract)} "
 
@@ -116,7 +116,7 @@ class CollectedPapers:
     """
 
     def __init__(self, command: Command) -> None:
-        """Starts a run, or resumes the unfinished one. UserError: that one had other flags."""
+        """Start a run, or resume an unfinished one, which must have had the same flags."""
         self.command, self.output = command, Path(command.output)
         self.partial = self.output.with_name(f".{self.output.name}.partial")
         self.state_file = self.output.with_name(f".{self.output.name}.state.json")
@@ -142,7 +142,7 @@ class CollectedPapers:
             self.streams[name].load_state_dict(place)
 
     def mixed_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (stream, row), always of the stream with the fewest papers read, so that the
+        """Yield (stream, row), always from the stream with the fewest papers read, so that the
         streams mix evenly, however many papers their rows hold.
         """
         kind = UserError if Path(self.command.input).is_file() else RunError
@@ -158,7 +158,7 @@ class CollectedPapers:
                 yield name, row
 
     def rejection_reason(self, paper: Paper) -> str | None:
-        """Returns why a paper is left out, or None to keep it. SciDocs is not filtered, because the
+        """Return why a paper is left out, or None to keep it. SciDocs is not filtered, because the
         papers that models are compared on must not depend on our filters.
         """
         is_scidocs = self.command.source == "scidocs"
@@ -180,7 +180,7 @@ class CollectedPapers:
         return f"collected already (same {same})" if same else None
 
     def offer(self, paper: Paper) -> None:
-        """Keeps a paper, or counts why not."""
+        """Keep a paper, or count the reason why it is left out."""
         if reason := self.rejection_reason(paper):
             self.dropped[reason] += 1
         else:
@@ -190,7 +190,7 @@ class CollectedPapers:
         self.read[paper.source] += 1
 
     def save(self) -> None:
-        """Writes the kept papers to the disk, and then the state of the run."""
+        """Write the kept papers to the disk, and then the state of the run."""
         with self.partial.open("ab") as handle:
             handle.write("".join(self.unsaved).encode())
             handle.flush()
@@ -202,7 +202,7 @@ class CollectedPapers:
         self.unsaved.clear()
 
     def finish(self) -> None:
-        """Writes the output from the saved papers, and deletes the two hidden files."""
+        """Write the output from the saved papers, and delete the two hidden files."""
         with files.atomic_path(self.output) as target, target.open("wb") as plain:
             # Without name and time in the gzip header, equal papers give equal files.
             is_gzip = self.output.suffix == ".gz"
@@ -214,7 +214,7 @@ class CollectedPapers:
 
 
 def collect(command: Command) -> None:
-    """Reads the streams, writes the papers that pass, and logs how many were left out and why."""
+    """Read the streams, write the papers that pass, and log how many were left out and why."""
     papers = CollectedPapers(command)
     fields = scidocs_fields() if command.source == "scidocs" else {}
     row: dict[str, Any] = {}
@@ -229,7 +229,7 @@ def collect(command: Command) -> None:
             if papers.kept and (stop.received or number % CHECKPOINT_ROWS == 0):
                 papers.save()
             stop.raise_received()
-            # The columns are wrong if so many rows hold no paper.
+            # If this many rows hold no paper, the column names are wrong.
             if papers.kept >= limit or (number == CHECKPOINT_ROWS and not papers.read):
                 break
     reasons = ", ".join(f"{count} {reason}" for reason, count in papers.dropped.most_common())
@@ -244,7 +244,7 @@ def collect(command: Command) -> None:
 
 
 def main() -> None:
-    """Parses and checks the command line, and collects."""
+    """Parse and check the command line, and collect the papers."""
     command = command_line.parse_command_line(Command, None, Command())
     command_line.log_to_stderr()
     for noisy in ("datasets.packaged_modules", "huggingface_hub.utils", "pylatexenc"):
@@ -253,7 +253,7 @@ def main() -> None:
     if not command.output or output.is_dir():
         raise UserError("--output does not name a file", "name the papers file to write")
     if bool(command.source) == bool(command.input):
-        raise UserError("give either --source or --input", "see collect_papers.py --help")
+        raise UserError("--source and --input are both given or both missing", "give one of them")
     with files.lock(output.with_name(f".{output.name}.lock")):
         collect(command)
 

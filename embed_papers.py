@@ -1,13 +1,13 @@
-"""Embeds papers, or lines of text, with any model or recipe of the benchmark: one float32 vector
+"""Embed papers, or lines of text, with any model or recipe of the benchmark: one float32 vector
 each, for search, maps and statistics.
 
     python embed_papers.py --model runs/quickstart-euclidean/model --input papers.jsonl.gz \
         --output vectors.npy
 
 The script saves each chunk of texts in the folder OUTPUT.parts, so the same command continues an
-interrupted run and gives the same bytes (on a CPU with as many threads). At the end the folder
-becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy, OUTPUT.ids.jsonl (id and
-title of each row). Memory holds one chunk and the ids of the papers.
+interrupted run and gives the same bytes (on a CPU, with the same number of threads). At the end the
+folder becomes OUTPUT, OUTPUT.json (model, how it was used, counts) and, for .npy, OUTPUT.ids.jsonl
+(id and title of each row). Memory holds one chunk and the ids of the papers.
 """
 
 import dataclasses
@@ -44,20 +44,20 @@ class Command:
     # text of a paper to embed; default: as the model's recipe says, else the abstract
     text: Literal["abstract", "title_abstract", "title"] | None = None
     pooling: Pooling | None = None  # overrides the model's pooling
-    metric: Metric | None = None  # overrides the model's metric
+    metric: Metric | None = None  # overrides the model's distance
     max_length: int | None = None  # overrides the model's maximum number of tokens
     # 2/8: embed only the second of eight shares, into OUTPUT.parts; shares may run in parallel
     shard: str = "1/1"
-    merge: int = 0  # 8: combine eight shares in OUTPUT.parts to the output of a single run
-    chunk: int = 4096  # texts that are held in memory and saved together
+    merge: int = 0  # 8: combine eight shares in OUTPUT.parts into the output of one run
+    chunk: int = 4096  # number of texts that are in memory at once and saved together
     skip_invalid: bool = False  # log and skip bad lines instead of stopping at the first
-    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+    trust_remote_code: bool = False  # allow Python code that comes with a model to run
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     precision: Precision = "float32"  # auto: bf16 if the hardware is fast at it (cosine > 0.999)
 
 
 def checked(command: Command) -> Command:
-    """Returns the command with its format filled in, after checking that its flags fit together."""
+    """Return the command with its format filled in, after checking that its flags fit together."""
     kind = command.format or ("lines" if command.input.endswith((".txt", ".txt.gz")) else "papers")
     command = dataclasses.replace(command, format=kind)
     if not command.output.endswith((".npy", ".parquet")):
@@ -75,7 +75,7 @@ def checked(command: Command) -> Command:
 
 
 def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
-    """Yields the papers, which must have the `keys`, one chunk at a time. A line of text becomes a
+    """Yield the papers, which must have the `keys`, one chunk at a time. A line of text becomes a
     paper: its number is the id, its first 100 characters the title, and all of it the abstract.
     """
     papers = read_papers(command.input, keys, command.skip_invalid)
@@ -87,7 +87,7 @@ def read_chunks(command: Command, keys: list[str]) -> Iterator[list[Paper]]:
 
 
 def load_chunk(path: Path) -> dict[str, Any]:
-    """Reads a saved chunk: "vectors" (n, d) float32, "ids" (n JSON lines as bytes), "cut" (number
+    """Read a saved chunk: "vectors" (n, d) float32, "ids" (n JSON lines as bytes), "cut" (number
     of truncated texts), "seconds" and "digest" (of the settings and the input up to its end).
     """
     try:
@@ -100,7 +100,7 @@ def load_chunk(path: Path) -> dict[str, Any]:
 def embed_chunk(
     path: Path, encoder: Any, papers: list[Paper], texts: list[str], digest: str
 ) -> dict[str, Any]:
-    """Returns the chunk saved at `path`; embeds and saves it first if it is not there."""
+    """Return the chunk saved at `path`; if it is not there, embed and save it first."""
     if not path.exists():
         started = time.monotonic()
         found = encoder.embed(texts, encoder.usage.document_prompt)
@@ -118,8 +118,8 @@ def embed_chunk(
 
 
 def load_encoder(command: Command, folder: Path, text: str) -> tuple[Any, dict[str, Any]]:
-    """Loads the model and lists all settings that decide what the vectors are. The list is saved in
-    `folder`, and must equal the one that an interrupted run saved there.
+    """Load the model, and list all settings that determine the vectors. The list is saved in
+    `folder` and must equal the one that an interrupted run saved there.
     """
     from semcse.encoder import uses_bf16
     from semcse.models import load_model, title_separator
@@ -127,7 +127,7 @@ def load_encoder(command: Command, folder: Path, text: str) -> tuple[Any, dict[s
     options = ("pooling", "metric", "max_length", "device", "trust_remote_code")
     encoder = load_model(command.model, **{key: getattr(command, key) for key in options})
     encoder.bf16 = uses_bf16(command.precision, encoder.device)
-    # Tells models apart; its nine digits do not depend on how a machine rounds the sum.
+    # This sum identifies the model. Its first nine digits do not depend on rounding.
     weights = sum(tensor.double().abs().sum().item() for tensor in encoder.model.parameters())
     separator = title_separator(command.model, encoder.tokenizer) if "_" in text else ""
     made = dataclasses.asdict(encoder.usage)
@@ -142,7 +142,7 @@ def load_encoder(command: Command, folder: Path, text: str) -> tuple[Any, dict[s
 
 
 def embed(command: Command, folder: Path) -> None:
-    """Embeds every chunk of this share that is not in `folder` yet."""
+    """Embed every chunk of this share that is not in `folder` yet."""
     from semcse.models import find_recipe
 
     title_first = getattr(find_recipe(command.model), "title_first", False)
@@ -173,7 +173,7 @@ def embed(command: Command, folder: Path) -> None:
 
 
 def finish(output: Path, folder: Path, parts: int) -> None:
-    """Combines the chunks in `folder` to OUTPUT and its companion files, and deletes the folder."""
+    """Combine the chunks in `folder` into OUTPUT and its companion files, and delete the folder."""
     shares = [folder / f"share-{part}-of-{parts}.json" for part in range(1, parts + 1)]
     if missing := [str(part) for part, share in enumerate(shares, 1) if not share.exists()]:
         what = f"{folder}: lacks share {', '.join(missing)} of {parts}"
@@ -201,7 +201,7 @@ def finish(output: Path, folder: Path, parts: int) -> None:
 
 
 def write_npy(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: int) -> None:
-    """Writes the files `vectors`, in the format of np.save, and `ids`."""
+    """Write the files `vectors`, in the format of np.save, and `ids`."""
     with (
         files.atomic_path(folder / "vectors") as vectors,
         files.atomic_path(folder / "ids") as ids,
@@ -216,7 +216,7 @@ def write_npy(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: int)
 
 
 def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: int) -> None:
-    """Writes the file `vectors` with the columns id, title and vector, one row group per chunk."""
+    """Write the file `vectors` with the columns id, title and vector, one row group per chunk."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -233,7 +233,7 @@ def write_parquet(folder: Path, chunks: Iterable[dict[str, Any]], rows: int, d: 
 
 
 def main() -> None:
-    """Parses the command line, embeds, and combines the chunks."""
+    """Parse the command line, embed the texts, and combine the chunks."""
     command = checked(command_line.parse_command_line(Command, None, Command()))
     command_line.log_to_stderr()
     output, folder = Path(command.output), Path(f"{command.output}.parts")

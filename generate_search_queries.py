@@ -1,12 +1,12 @@
-"""Generates one search query for each abstract with a language model: the queries of the
+"""Generate one search query for each abstract with a language model: the queries of the
 benchmark's query task.
 
     python generate_search_queries.py --input papers.jsonl --output papers_with_queries.jsonl \\
         --base-url http://127.0.0.1:8000/v1 --model NAME
 
 A run can be killed at any time; the same command continues and requests only what is missing. The
-queries of the SemCSE paper are by mistralai/Mistral-Small-3.1-24B-Instruct-2503. The prompt is
-ours, because theirs is not in the authors' README, model card or main.py.
+queries of the SemCSE paper were written by mistralai/Mistral-Small-3.1-24B-Instruct-2503. The
+prompt is ours, because theirs is not in the authors' README, model card or main.py.
 """
 
 import sys
@@ -30,7 +30,7 @@ QUERY = (
 class Command(GenerationFlags):
     """Write one search query for every abstract of a papers file."""
 
-    max_tokens: int = 40  # most tokens of a query; longer queries are rejected as cut off
+    max_tokens: int = 40  # largest number of tokens of a query; longer queries are rejected
     overwrite: bool = False  # also write new queries for papers that have one
 
 

@@ -1,4 +1,4 @@
-"""Generates several one-sentence summaries of each abstract with a language model: the texts that
+"""Generate several one-sentence summaries of each abstract with a language model: the texts that
 contrastive training pulls together.
 
     python generate_train_summaries.py --input papers.jsonl --output summaries.jsonl.gz \\
@@ -18,8 +18,8 @@ from semcse.errors import UserError
 from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
 # A summary is one sentence that says which paper it belongs to even without the abstract. The
-# instructions are few, and the last one is in the task, because small models follow what they read
-# last, and copy or ignore long instructions.
+# instructions are short, and the required form comes last in the prompt, because small models
+# follow what they read last, and copy or ignore long instructions.
 SYSTEM = (
     "You write short factual sentences about science: in your own words, specific, and"
     " understandable alone."
@@ -50,7 +50,7 @@ class Command(GenerationFlags):
     """Write several one-sentence summaries of every abstract of a papers file."""
 
     summaries_per_abstract: int = 4  # at least 2; raise it later to request only the new ones
-    structured: bool = False  # request all at once, with a JSON schema: fewer tokens, less variety
+    structured: bool = False  # one request per paper, with JSON schema: fewer tokens, less variety
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""From a file of training papers to the pairs of summaries that one training step compares.
+"""Prepare the training data: from a papers file to the pairs of summaries of a training step.
 
-The training script uses three steps of this file: read the papers and drop those that the
-evaluation also uses, hold some papers out to choose the best checkpoint, and draw the batches.
+Papers that the evaluation also uses are dropped. Some of the others are held out to choose the best
+checkpoint; each training step draws a batch of pairs of summaries from the rest.
 """
 
 import logging
@@ -63,7 +63,7 @@ def split_validation(
     Args:
         papers: All training papers, each with a different id.
         share: Share of the papers to hold out, in (0, 1).
-        most: At most so many papers are held out, or slightly more to complete a topic.
+        most: Largest number of papers to hold out; up to twice as many to complete a topic.
         seed: Seed of the random choice.
 
     Returns:
@@ -89,9 +89,9 @@ def split_validation(
 
 
 def steps_per_epoch(papers: list[Paper], batch_size: int) -> int:
-    """Number of batches in which each paper occurs `visits` times.
+    """Return the number of batches in an epoch, which draws each paper `visits` times.
 
-    Papers left over for an incomplete last batch are not used; the next epoch shuffles again.
+    Papers that do not fill a last batch are not used. The next epoch shuffles the papers again.
     """
     return max(1, sum(paper.visits for paper in papers) // batch_size)
 
@@ -109,8 +109,8 @@ def batch_pairs(
         seed: Seed of the shuffle and of the choice of summaries.
         step: Number of the training step, from 0.
         batch_size: Number of papers in a batch.
-        joined_share: Share of the pairs whose positive is all other summaries of the paper joined
-            to one text, in [0, 1].
+        joined_share: Share of the pairs whose positive is all other summaries of the paper,
+            joined into one text, in [0, 1].
 
     Returns:
         One pair of different summaries for each paper of the batch.
@@ -128,7 +128,7 @@ def batch_pairs(
 def draw_pair(
     summaries: tuple[str, ...], draw: np.random.Generator, joined_share: float = 0.0
 ) -> tuple[str, str]:
-    """Draw two different summaries, or for `joined_share` one and all the others joined."""
+    """Draw two summaries; with probability `joined_share`, the second is all others joined."""
     anchor, positive = draw.choice(len(summaries), size=2, replace=False)
     if joined_share and draw.random() < joined_share:
         others = [i for i in draw.permutation(len(summaries)) if i != anchor]

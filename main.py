@@ -1,4 +1,4 @@
-"""The SemCSE experiment: train an encoder on pairs of summaries, evaluate it before and after.
+"""The SemCSE experiment: train an encoder on pairs of summaries, and evaluate it before and after.
 
 python main.py                      sample papers, bundled encoder, CPU
 python main.py --metric cosine      the cosine version (or edit the line `metric` in settings.py)

@@ -40,7 +40,7 @@ UPLOADED = (
     " added_tokens.json vocab.json vocab.txt merges.txt *.model"
 ).split()
 FIX = "publish a model folder as main.py wrote it"
-TOLERANCE = 1e-5  # largest difference of a vector, relative to the largest value above 1
+TOLERANCE = 1e-5  # largest allowed difference, relative to max(1, largest absolute value)
 # Texts for the comparison of the libraries: each has another length, so that padding matters; one
 # has characters that tokenizers normalize differently; one is longer than any model reads.
 PROBES = [
@@ -64,8 +64,8 @@ class Command:
 
 
 def perf_of_rows(run: Run) -> dict[str, float | None]:
-    """Perf of each row of the card's table; empty if a task has no data, or if two rows are equal
-    because the recipe uses the model in the same way.
+    """Return the Perf of each row of the card's table; {} if a task has no data, or if two rows are
+    equal because the recipe uses the model in the same way.
     """
     scores = {
         ROWS[stem]: {task: result["tasks"][task][main_score(task)] for task in TASKS}
@@ -77,7 +77,7 @@ def perf_of_rows(run: Run) -> dict[str, float | None]:
 
 
 def files_to_upload(model: Path, facts: Mapping[str, Any], card: str) -> dict[str, Path | bytes]:
-    """The upload: path in the repository -> file, or content without paths of this machine."""
+    """Return path in the repository -> file to upload, or content without paths of this machine."""
     run, base = facts["run"], facts["base"]
     benchmark, metric = run.results["benchmark"], run.facts["settings"]["metric"]
     names = {"model": base, "eval_file": Path(benchmark["eval_file"]).name}
@@ -127,7 +127,7 @@ def upload(chosen: Mapping[str, Path | bytes], command: Command, token: str) -> 
     except Exception as error:
         # A server may repeat the token that it was sent.
         what = f"{type(error).__name__}: {error}".replace(token, "***")[:300]
-        fix = "check the network, --repo-id and that the token may write there, then run it again"
+        fix = "check the network, --repo-id and the rights of the token, and run it again"
         raise RunError(f"{repo} was not uploaded ({what})", fix) from None
 
 
@@ -141,7 +141,7 @@ def publish(command: Command) -> None:
     token = "" if command.dry_run else hub.get_token()
     if token is None:
         raise UserError("no token for the Hugging Face Hub", "set HF_TOKEN or run hf auth login")
-    # The lock keeps a new run from replacing this one meanwhile.
+    # The lock prevents a new run from replacing this one in the meantime.
     with files.lock(folder.with_name(f".{folder.name}.lock")):
         run, model = read_run(folder), folder / "model"
         sample = run.facts["settings"]["train_file"] == Settings.train_file

@@ -1,4 +1,4 @@
-"""Searches the vectors that embed_papers.py wrote: the k nearest papers of each query, exactly.
+"""Search the vectors that embed_papers.py wrote: the k nearest papers of each query, exactly.
 
     python search_papers.py --vectors vectors.npy --query "how soil stores carbon"
     python search_papers.py --vectors vectors.npy --id PAPER_ID
@@ -35,16 +35,16 @@ class Command:
     vectors: str = ""  # .npy or .parquet file that embed_papers.py wrote
     query: tuple[str, ...] = ()  # text to search for; may be repeated
     queries: str = ""  # file with one query text per line; "-" for standard input
-    id: tuple[str, ...] = ()  # paper id to search neighbours of (without itself); may be repeated
-    k: Annotated[int, arg(aliases=("-k",))] = 10  # neighbours per query
+    id: tuple[str, ...] = ()  # id of a paper whose nearest papers are searched; may be repeated
+    k: Annotated[int, arg(aliases=("-k",))] = 10  # number of papers per query
     json: bool = False  # print one JSON object per neighbour instead of tables
-    model: str = ""  # where the model is, if it is not where VECTORS.json says
-    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+    model: str = ""  # path of the model, if it is not the one in VECTORS.json
+    trust_remote_code: bool = False  # allow Python code that comes with a model to run
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
 
 
 def read_vectors(path: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Reads an output of embed_papers.py: the vectors, an (n, d) float32 numpy array; a pyarrow
+    """Read an output of embed_papers.py: the vectors, an (n, d) float32 numpy array; a pyarrow
     table of their ids and titles, in the same order; and the content of VECTORS.json.
     """
     about = files.read_json(Path(f"{path}.json"))
@@ -61,7 +61,7 @@ def read_vectors(path: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def read_parquet(path: Path) -> tuple[Any, Any]:
-    """Reads the vectors, (n, d), and the table of ids and titles."""
+    """Read the vectors, (n, d), and the table of ids and titles."""
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     papers = parquet.read_table(path, columns=["id", "title", "vector"])
@@ -70,7 +70,7 @@ def read_parquet(path: Path) -> tuple[Any, Any]:
 
 
 def read_npy(path: Path) -> tuple[Any, Any]:
-    """Maps the vectors, (n, d), and reads the table of ids and titles."""
+    """Memory-map the vectors, (n, d), and read the table of ids and titles."""
     import numpy as np
     import pyarrow as pa
     from pyarrow import json as pa_json
@@ -79,15 +79,15 @@ def read_npy(path: Path) -> tuple[Any, Any]:
     schema = pa.schema([("id", pa.string()), ("title", pa.string())])
     options = pa_json.ReadOptions(block_size=2**25), pa_json.ParseOptions(schema)
     papers = pa_json.read_json(f"{path}.ids.jsonl", *options)
-    return np.load(path, mmap_mode="c"), papers  # copy on write: torch wants writable memory
+    return np.load(path, mmap_mode="c"), papers  # copy on write: torch needs writable memory
 
 
 def embed_queries(texts: list[str], about: dict[str, Any], command: Command) -> Any:
-    """Embeds texts in the query role, by the model that made the vectors: (len(texts), d)."""
+    """Embed texts in the query role, with the model that made the vectors: (len(texts), d)."""
     from semcse.models import load_model
 
     name = command.model or about["model"]
-    fix = f"give by --model the place of the model that made {command.vectors}"
+    fix = f"give the path of the model that made {command.vectors} with --model"
     usage = {key: about[key] for key in ("pooling", "metric", "max_length")}
     try:
         encoder = load_model(
@@ -97,12 +97,12 @@ def embed_queries(texts: list[str], about: dict[str, Any], command: Command) -> 
         raise UserError(str(error), f"or {fix}") from None
     vectors = encoder.embed(texts, about["query_prompt"]).vectors
     if (d := vectors.shape[1]) != about["dimension"]:
-        raise UserError(f"model {name} gives {d} numbers a text, not {about['dimension']}", fix)
+        raise UserError(f"model {name} makes vectors of {d} numbers, not {about['dimension']}", fix)
     return vectors
 
 
 def format_hits(query: str, hits: list[dict[str, Any]], as_json: bool) -> Iterator[str]:
-    """Lines to print for one query. Each hit has the keys "distance", "id" and "title"."""
+    """Yield the lines to print for one query. A hit has the keys "distance", "id" and "title"."""
     if not as_json:
         yield f"{printable(query)[:TITLE_WIDTH]}\n rank  distance  {'id':<20}  title\n"
     for rank, hit in enumerate(hits, 1):
@@ -114,7 +114,7 @@ def format_hits(query: str, hits: list[dict[str, Any]], as_json: bool) -> Iterat
 
 
 def search(command: Command) -> None:
-    """Embeds the queries, finds their neighbours and prints them."""
+    """Embed the queries, find their nearest papers and print them."""
     import torch
 
     from semcse.distances import nearest
@@ -143,7 +143,7 @@ def search(command: Command) -> None:
 
 
 def main() -> None:
-    """Parses the command line and searches."""
+    """Parse the command line and search."""
     command = command_line.parse_command_line(Command, None, Command())
     if not command.vectors or command.k < 1 or not (command.query or command.queries or command.id):
         what = "--vectors, a query, or a --k of 1 or more is missing"

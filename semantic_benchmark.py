@@ -23,10 +23,11 @@ to a query q, which has one positive p among them:
 The task "clustering" looks for the k = 10 nearest neighbours of an abstract among the abstracts of
 all other papers with a field, such as "Physics". Its score "purity" is the mean over all queries
 of the share of the k neighbours that have the query's field; 1 is best. Papers whose field has at
-most k papers are no queries.
+most k papers are not queries.
 
-These definitions, the halves and k are our choices: the authors' README, model card and main.py do
-not contain them. `semcse/distances.py` computes exact ranks and neighbours block by block.
+These definitions, the split into halves and k are our choices, because the authors' README, model
+card and main.py do not contain them. `semcse/distances.py` computes exact ranks and neighbours
+block by block.
 """
 
 import logging
@@ -65,8 +66,8 @@ RANKING_TASKS = {
 def halves(abstract: str) -> tuple[str, str] | None:
     """Split an abstract in two at the sentence end closest to half of its characters.
 
-    A sentence end is `.`, `!` or `?` followed by white space, which is dropped. The earlier one
-    wins a tie. Returns None if there is no sentence end inside the abstract.
+    A sentence end is `.`, `!` or `?` followed by white space, which is dropped. Of two equally
+    close ends, the earlier is taken. Returns None if there is no sentence end inside the abstract.
     """
     text = abstract.strip()
     spaces = [match.span() for match in re.finditer(r"(?<=[.!?])\s+", text)]
@@ -81,7 +82,7 @@ class Evaluation:
     """The scores of one model on a list of papers."""
 
     report: dict[str, Any]  # the measured part of benchmark.json
-    per_paper: dict[str, Values]  # task -> (papers,) rank or purity; NaN: the paper is no query
+    per_paper: dict[str, Values]  # task -> (papers,) rank or purity; NaN: not a query
     abstracts: "Tensor"  # (papers, d) vectors of the abstracts
 
 
@@ -89,10 +90,10 @@ def evaluate(encoder: "Encoder", papers: list[Paper], seed: int, label: str = ""
     """Score one model on the four tasks.
 
     Args:
-        encoder: the model; its `usage` gives the distance and the prompts.
-        papers: at least two, with title and abstract; `query` and `field` may be empty.
-        seed: seed of the bootstrap, and of the order of neighbours at exactly the same distance.
-        label: name on the progress bars; no bars if empty.
+        encoder: The model; its `usage` gives the distance and the prompts.
+        papers: At least two, with title and abstract; `query` and `field` may be empty.
+        seed: Seed of the bootstrap, and of the order of neighbours at exactly the same distance.
+        label: Name on the progress bars; no bars if empty.
     """
     started = time.perf_counter()
     texts, usage, vectors, truncated = _texts(papers), encoder.usage, {}, 0
@@ -124,7 +125,7 @@ def evaluate(encoder: "Encoder", papers: list[Paper], seed: int, label: str = ""
 
 
 def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
-    """Kind of text -> number of the paper -> text, without the papers that lack such a text."""
+    """Return kind of text -> number of the paper -> text. Papers without that text are left out."""
     segments = {i: pair for i, paper in enumerate(papers) if (pair := halves(paper.abstract))}
     return {
         "abstracts": {i: paper.abstract for i, paper in enumerate(papers)},
@@ -138,7 +139,7 @@ def _texts(papers: list[Paper]) -> dict[str, dict[int, str]]:
 def ranking(
     queries: "Tensor", candidates: "Tensor", positives: list[int], metric: Metric, seed: int
 ) -> tuple[dict[str, Any], Values]:
-    """Scores of a ranking task (a reason if there are none), and the (n,) ranks of its queries.
+    """Return the scores of a ranking task, or why there are none, and the (n,) ranks of queries.
 
     Args:
         queries: (n, d) float32 vectors.
@@ -171,12 +172,12 @@ def ranking(
 def clustering(
     abstracts: "Tensor", fields: list[str], metric: Metric, seed: int, k: int = 10
 ) -> tuple[dict[str, Any], Values]:
-    """Scores of the clustering task (a reason if there are none), and the purity of each paper,
-    (papers,), which is NaN if the paper is no query.
+    """Return the scores of the clustering task, or why there are none, and the purity of each
+    paper, (papers,), which is NaN if the paper is not a query.
 
     Args:
         abstracts: (papers, d) float32 vectors.
-        fields: (papers,) names; papers with a blank one are left out.
+        fields: (papers,) Names of fields. Papers with a blank name are left out.
     """
     import torch
 
@@ -206,14 +207,14 @@ def clustering(
 
 
 def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Perf of each model: the mean over the four tasks of
+    """Return the Perf of each model: the mean over the four tasks of
 
         clip(1 - (x - best) / (2 * (median - best)), 0, 1)
 
-    where x is the model's main score, and best and median are over all models. If the median equals
-    the best score, the best models get 1 and the others 0. We inferred the formula from the table
-    in the authors' README: it gives all twelve Perf values there. Perf is None for a model without
-    data for a task, and for all models if there are fewer than three.
+    where x is the model's main score, and best and median are taken over all models. If the median
+    equals the best score, the best models get 1 and the others 0. We inferred the formula from the
+    table in the authors' README: it reproduces all twelve Perf values there. Perf is None for a
+    model without data for a task, and for all models if there are fewer than three.
 
     `tables` holds model -> task -> main score, or None without data.
     """
@@ -231,7 +232,7 @@ def perf_scores(tables: Mapping[str, Mapping[str, float | None]]) -> dict[str, f
 def describe(
     encoder: "Encoder", eval_file: str, evaluation: Evaluation, seed: int
 ) -> dict[str, Any]:
-    """The object of benchmark.json for one model (README, "Benchmark protocol")."""
+    """Return the object of benchmark.json for one model (README, "Benchmark protocol")."""
     usage = asdict(encoder.usage)
     return {
         "model": encoder.name,
@@ -245,7 +246,7 @@ def describe(
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """Read at least two papers, all with title and abstract. UserError: bad line, or one paper."""
+    """Read at least two papers, all with title and abstract."""
     papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
     if len(papers) < 2:
         raise UserError(f"{path}: holds one paper only", "give a file with at least two papers")
@@ -260,13 +261,13 @@ class Command:
     list_models: bool = False  # print the known recipes and stop
     pooling: Pooling | None = None  # overrides the model's own pooling
     metric: Metric | None = None  # overrides the model's own distance
-    max_length: int | None = None  # overrides the number of tokens kept of each text
+    max_length: int | None = None  # overrides the model's maximum number of tokens
     eval_file: str = Settings.eval_file  # papers file; `query` and `field` are optional
     trained_on: tuple[str, ...] = ()  # training file whose papers are left out; may be repeated
     output_dir: str = "runs/benchmark"  # folder for benchmark.json and benchmark.md
     skip_invalid: bool = False  # count and log invalid lines instead of stopping at the first
-    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
-    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
+    trust_remote_code: bool = False  # allow Python code that comes with a model to run
+    device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
     seed: int = 0  # seed of the bootstrap
 
 
@@ -323,7 +324,7 @@ def _check(command: Command) -> None:
 
 
 def _without_training_papers(command: Command) -> tuple[list[Paper], dict[str, int]]:
-    """The evaluation papers that are in no file of --trained-on, and how many are in each file."""
+    """Return the evaluation papers in no file of --trained-on, and how many are in each file."""
     papers = read_evaluation_papers(command.eval_file, command.skip_invalid)
     kept, left_out = papers, {}
     for path in command.trained_on:

@@ -5,8 +5,8 @@ the command line wins over the profile's block below, which wins over the defaul
 sets `metric`. Nothing reads a global setting: functions receive a `Settings` or plain values.
 
 The mark in brackets says what a default rests on: [S] the SemCSE authors' README, model card or
-main.py; [A] other published code of the same group; [ours] our choice, because none of these says
-it (README, "Deviations and unknowns").
+main.py; [A] other published code of the same group; [ours] our choice, because none of these
+sources says it (README, "Deviations and unknowns").
 """
 
 import dataclasses
@@ -37,35 +37,35 @@ class Settings:
     output_dir: str = ""  # folder of the run; empty: runs/<profile>-<metric>
     skip_invalid: bool = False  # count and log bad lines instead of stopping at the first one
     validation_share: float = 0.1  # share of the training papers held out for validation [ours]
-    validation_papers: int = 150  # at most so many papers are held out [A]
+    validation_papers: int = 150  # largest number of papers held out for validation [A]
 
     # Encoder
     encoder: str = "all-MiniLM-L6-v2"  # encoder to start from: recipe name, Hub id or folder
     pooling: Pooling = "cls"  # vector of a text: the first token's state, or the mean of all [S]
-    max_length: int = 512  # tokens kept of a text in embedding; saved with the model [ours]
-    trust_remote_code: bool = False  # allow a model to run Python code of its own
+    max_length: int = 512  # longer texts are cut to this many tokens; saved with the model [ours]
+    trust_remote_code: bool = False  # allow Python code that comes with a model to run
 
     # Contrastive training
     loss: Loss = "triplet"  # triplet hinge [S] or InfoNCE, which ranks real papers better [ours]
-    margin: float | None = None  # of the triplet loss; none: 1.0 euclidean [A], 0.1 cosine [ours]
-    temperature: float | None = None  # of InfoNCE; none: 0.25 euclidean [ours], 0.07 cosine [A]
+    margin: float | None = None  # triplet margin; default: 1.0 euclidean [A], 0.1 cosine [ours]
+    temperature: float | None = None  # for InfoNCE; default: 0.25 euclidean [ours], 0.07 cosine [A]
     batch_size: int = 32  # papers in a batch, with one pair of summaries each [A]
-    texts_at_once: int = 0  # texts whose activations are kept at a time; 0: all [ours]
-    joined_share: float = 0.0  # share of pairs with all other summaries joined as positive [ours]
+    texts_at_once: int = 0  # texts whose activations are in memory at once; 0: all [ours]
+    joined_share: float = 0.0  # share of pairs whose positive is all other summaries, joined [ours]
     max_steps: int = 40_000  # largest number of optimizer steps: 40 epochs of 1,000 batches [A]
     learning_rate: float = 2e-5  # highest learning rate of AdamW [A]
     weight_decay: float = 1e-4  # weight decay of AdamW [A]
     warmup_steps: int = 0  # steps in which the learning rate rises linearly [A]
     decay: bool = False  # lower the learning rate linearly to 0 at max_steps [A: constant]
     clip_norm: float = 0.0  # largest gradient norm; 0: no clipping [A]
-    start_share: float = 0.0  # share of the starting weights averaged into the result [ours]
-    train_max_length: int = 128  # tokens kept of a summary in training [A]
+    start_share: float = 0.0  # share of the starting weights in the final average [ours]
+    train_max_length: int = 128  # longer summaries are cut to this many tokens in training [A]
 
     # Running
     validate_every: int = 1_000  # steps between validations; the best weights are kept [A]
     patience: int = 7  # validations without a better result before training stops early [A]
     checkpoint_every: int = 1_000  # steps between checkpoints, where --resume continues [ours]
-    keep_checkpoints: int = 2  # newest checkpoints kept; the older one is a reserve [ours]
+    keep_checkpoints: int = 2  # checkpoints kept; an older one is used if the newest is bad [ours]
     log_every: int = 50  # steps between rows of metrics.jsonl [ours]
     seed: int = 0  # seed of batches, choice of summaries, dropout and bootstrap
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
@@ -78,15 +78,15 @@ PROFILES: dict[Profile, dict[str, Any]] = {
     # Takes a few minutes on two CPU cores, with data and encoder that need no download. The loss
     # stays the authors' triplet loss (docs/experiments.md, "The quickstart with InfoNCE").
     "quickstart": {
-        "batch_size": 64,  # of 112 papers, so that papers of one topic meet in a batch
+        "batch_size": 64,  # out of 112 papers, so that papers of one topic meet in a batch
         "max_steps": 60,
         "validation_share": 0.25,
         "validate_every": 10,
         "checkpoint_every": 20,
         "log_every": 5,
     },
-    # The published model's encoder and data size. It needs a GPU, and the files that the README's
-    # section "Reproduce" makes.
+    # The published model's encoder and data size. It needs a GPU, and the files that the
+    # commands in the README's section "The paper's setting" make.
     "paper": {
         "encoder": "KISTI-AI/Scideberta-full",
         "train_file": "data/train_summaries.jsonl.gz",
@@ -111,7 +111,7 @@ AT_LEAST = {
 
 
 def default_settings(profile: Profile) -> Settings:
-    """The default lines with a profile's block applied."""
+    """Return the default settings of a profile."""
     return dataclasses.replace(Settings(profile=profile), **PROFILES[profile])
 
 
@@ -179,5 +179,5 @@ def require_files(settings: Settings) -> None:
         path = getattr(settings, key)
         if path == PROFILES["paper"][key] and not Path(path).exists():
             scripts = "collect_papers.py, generate_search_queries.py, generate_train_summaries.py"
-            fix = f"make the paper profile's data with {scripts} (README, Reproduce)"
+            fix = f"make the data with {scripts} (README, The paper's setting)"
             raise UserError(f"{path}: no such file", fix)

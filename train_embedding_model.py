@@ -1,10 +1,10 @@
-"""Contrastive training: pulls two summaries of one abstract together, pushes others away.
+"""Contrastive training: pull two summaries of one abstract together, and push others away.
 
 One training step does this:
 
 1. `load_data.batch_pairs` draws n papers and two different summaries of each: the anchor and the
    positive. All summaries of the other papers in the batch are in-batch negatives.
-2. The encoder embeds the 2n texts, each on its own.
+2. The encoder embeds each of the 2n texts separately.
 3. `contrastive_loss` compares the distances to positives and to negatives.
 4. AdamW updates the encoder.
 
@@ -56,7 +56,7 @@ EMA_DECAY = 0.98  # weight of the past in the smoothed loss that the progress ba
 
 
 def triplet_loss(to_positive: Tensor, to_negatives: Tensor, margin: float) -> Tensor:
-    """Triplet hinge loss over all in-batch negatives.
+    """Compute the triplet hinge loss over all in-batch negatives.
 
     For an anchor a, its positive p and a negative n, the loss is
 
@@ -75,7 +75,7 @@ def triplet_loss(to_positive: Tensor, to_negatives: Tensor, margin: float) -> Te
 
 
 def info_nce_loss(to_positive: Tensor, to_negatives: Tensor, temperature: float) -> Tensor:
-    """InfoNCE loss (van den Oord et al. 2018) with in-batch negatives.
+    """Compute the InfoNCE loss (van den Oord et al. 2018) with in-batch negatives.
 
     For an anchor a, its positive p and negatives n, the loss is
 
@@ -112,13 +112,13 @@ def contrastive_loss(
 ) -> BatchLoss:
     """Compute the loss of a batch of n pairs. Both texts of a pair serve as anchors.
 
-    Each of the 2n texts is an anchor once: its positive is the other text of its pair, its
+    Each of the 2n texts is an anchor once: its positive is the other text of its pair, and its
     negatives are the 2n - 2 texts of the other pairs.
 
     Args:
         anchors: (n, d) vectors, n >= 2.
         positives: (n, d) vectors; row i belongs to the same paper as row i of `anchors`.
-        metric: The distance.
+        metric: "euclidean" or "cosine".
         loss: "triplet", which uses `margin`, or "infonce", which uses `temperature`.
     """
     n = len(anchors)
@@ -156,13 +156,13 @@ def relative_std(vectors: Tensor) -> float:
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """The progress of a run, which is part of every checkpoint."""
 
     step: int = 0
     loss_ema: float | None = None  # exponential moving average of the training loss
     best_step: int = 0
     best_rank: float = math.inf  # best mean rank in validation
-    best_loss: float = math.inf  # the validation loss that belongs to it
+    best_loss: float = math.inf  # validation loss at that step
     validations_since_best: int = 0
 
     def record_validation(self, rank: float, loss: float) -> bool:
@@ -190,7 +190,7 @@ def train(
     Args:
         encoder: The model to train, used as its `usage` says.
         papers: Training papers, with at least two summaries each.
-        held_out: Validation papers, likewise.
+        held_out: Validation papers, also with at least two summaries each.
         settings: Complete settings (see `settings.complete`).
         folder: The run folder, for metrics.jsonl and checkpoints/. An unfinished run in it is
             continued.
@@ -198,7 +198,7 @@ def train(
             writes to its folder, and only the encoder of rank 0 is the result.
 
     Raises:
-        RunError: The loss is not finite, memory is short, or another process has ended. Like
+        RunError: The loss is not finite, memory runs out, or another process has ended. Like
             KeyboardInterrupt and Terminated, it leaves checkpoints to continue from.
     """
     trainer = Trainer(encoder, papers, held_out, settings, folder, group)
@@ -235,7 +235,7 @@ class Trainer:
         self.validation = [draw_pair(paper.summaries, draw) for paper in held_out]
         self.parameters = dict(encoder.model.named_parameters())
         self.start_weights = self._copy_weights() if settings.start_share else {}
-        self.best_weights: dict[str, Tensor] = {}  # of the best validation, on the CPU
+        self.best_weights: dict[str, Tensor] = {}  # weights of the best validation, on the CPU
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), weight_decay=settings.weight_decay, fused=True
         )
@@ -287,7 +287,7 @@ class Trainer:
         )
 
     def _is_due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        """Return whether the step is a multiple of `interval`, or the last one."""
         step = self.progress.step
         return step % interval == 0 or step == self.settings.max_steps
 
@@ -375,7 +375,7 @@ class Trainer:
         """Compute the mean rank of partner summaries, and keep the weights if it is the best.
 
         Each held-out paper has two summaries, a and b. Every a ranks all b by distance, and every b
-        all a; the mean rank is that of the partner from the same paper. Only rank 0 validates.
+        ranks all a. The result is the mean rank of the partner. Only rank 0 validates.
         """
         if self.group.rank > 0:
             return
@@ -470,7 +470,7 @@ class Trainer:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Learning rate of a step, counted from 0.
+    """Return the learning rate of a step, counted from 0.
 
     It rises linearly during `warmup_steps`. Afterwards it is constant, or with `decay` falls
     linearly to 0 at `max_steps`.
@@ -481,7 +481,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Torch's random state on the CPU, and on `device` if that is a GPU."""
+    """Return torch's random state on the CPU, and on `device` if that is a GPU."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -494,7 +494,7 @@ def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
 
 
 def peak_memory_mib() -> float:
-    """Largest memory that this process has used: of the GPU if it uses one, else of the machine."""
+    """Return the peak memory of this process: on the GPU if it uses one, else in main memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB

@@ -1,5 +1,5 @@
-"""What the speed measurements share: made-up texts, models of the measured shapes, interleaved
-timing, the matrix-multiply peak, one row of results.
+"""Shared parts of the speed measurements: random texts, models of the measured shapes, interleaved
+timing, the matrix-multiply peak, and one row of results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from semcse.encoder import Encoder, Usage
 from semcse.model_folder import find_model, load_encoder
 
 MINILM = "all-MiniLM-L6-v2"
-# DeBERTa-v3-base's shape, which SciDeBERTa is taken to have; weights are random, which changes no
-# time.
+# The shape of DeBERTa-v3-base, which we assume for SciDeBERTa. Random weights do not change the
+# speed.
 DEBERTA = {
     "vocab_size": 128_100,
     "hidden_size": 768,
@@ -44,8 +44,8 @@ DEBERTA = {
 
 
 def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[str]:
-    """Texts of so many tokens, special tokens counted, lengths uniform: words that are one token
-    each in the bundled vocabulary.
+    """Return random texts of `shortest` to `longest` tokens, special tokens included, with uniform
+    lengths. Each word is one token in the bundled vocabulary.
     """
     vocabulary = json.loads(
         (Path(find_model(MINILM)) / "tokenizer.json").read_text(encoding="utf-8")
@@ -61,8 +61,8 @@ def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[str]:
 
 
 def deberta_folder(folder: Path) -> Path:
-    """A random model of DeBERTa-v3-base's shape with the bundled encoder's tokenizer, which both
-    sides read alike.
+    """Save a random model of DeBERTa-v3-base's shape to `folder`, with the tokenizer of the bundled
+    encoder, which this project and its peers read in the same way.
     """
     torch.manual_seed(0)
     DebertaV2Model(DebertaV2Config(**DEBERTA)).save_pretrained(folder)  # type: ignore[arg-type]
@@ -73,13 +73,13 @@ def deberta_folder(folder: Path) -> Path:
 
 
 def our_encoder(name: str | Path, metric: Any = "cosine") -> Encoder:
-    """A model as this project loads it, pooled as the peers pool."""
+    """Load a model in this project, with mean pooling as in the peers."""
     return load_encoder(str(name), Usage("mean", metric, 512), "cpu")
 
 
 def interleaved(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Best wall time of each piece of work in seconds; round after round, so that a slow spell of
-    the machine hits all.
+    """Return the best wall time of each piece of work in seconds. Each round runs all pieces, so a
+    slow phase of the machine affects all of them.
     """
     best = dict.fromkeys(works, float("inf"))
     for _ in range(rounds):
@@ -91,15 +91,15 @@ def interleaved(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
 
 
 def gemm_peak(dtype: torch.dtype) -> float:
-    """Operations a second of a 2048-cubed matrix product, the best of several."""
+    """Return the operations per second of a 2048-cubed matrix product, the best of six."""
     a, b = torch.randn(2, 2048, 2048).to(dtype)
     seconds = interleaved({"gemm": lambda: a @ b}, 6)["gemm"]
     return 2 * 2048**3 / seconds
 
 
 def linear_operations(model: Any) -> int:
-    """Operations of a forward pass for each token: 2 for each weight of the layers' matrices;
-    embeddings, norms and attention are not counted.
+    """Return the operations of a forward pass per token: 2 for each weight of the layers' matrices.
+    Embeddings, norms and attention are not counted.
     """
     return 2 * sum(
         int(p.numel()) for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2
@@ -115,7 +115,7 @@ def row(
     goal: float | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One entry of results.json; `ratio` above 1 means that ours is faster."""
+    """Return one row of results.json. A `ratio` above 1 means that ours is faster."""
     found = {
         "operation": operation,
         "peer": peer,
@@ -136,7 +136,7 @@ def row(
 
 
 def smallest_cosine(a: Any, b: Any) -> float:
-    """The least cosine similarity of row i and row i."""
+    """Return the smallest cosine similarity of row i of `a` and row i of `b`, over all i."""
     return float(
         torch.nn.functional.cosine_similarity(
             torch.as_tensor(a).float(), torch.as_tensor(b).float()

@@ -37,7 +37,7 @@ OPENVINO = ROOT / ".venv-openvino" / "bin" / "python"
 
 
 def rank_shift(half: Encoder, full: Encoder) -> str:
-    """How much the benchmark's mean ranks on the sample papers change in bf16."""
+    """Describe how much the benchmark's mean ranks on the sample papers change in bf16."""
     papers = read_evaluation_papers(str(ROOT / "data" / "sample_test.jsonl"))
     one, other = (evaluate(encoder, papers, 0).report["tasks"] for encoder in (half, full))
     shifts = {
@@ -51,7 +51,7 @@ def rank_shift(half: Encoder, full: Encoder) -> str:
 def measure(
     name: str, folder: str, abstracts: list[str], rounds: int, operation: str
 ) -> list[dict[str, Any]]:
-    """Rows that compare our bf16 and float32 with sentence-transformers' defaults."""
+    """Return the rows that compare our bf16 and float32 with sentence-transformers' defaults."""
     transformer = Transformer(folder)
     peer = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
@@ -113,7 +113,7 @@ def measure(
 def openvino(
     abstracts: list[str], ours: float, exact: torch.Tensor, unit: dict[str, str]
 ) -> dict[str, Any]:
-    """The row of the OpenVINO backend, measured in another process and environment."""
+    """Return the row of the OpenVINO backend, measured in another process and environment."""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "texts.json").write_text(json.dumps(abstracts), encoding="utf-8")
         script = ROOT / "bench" / "openvino_peer.py"
@@ -135,7 +135,7 @@ def openvino(
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    """Measures all rows of this part."""
+    """Measure all rows of this part."""
     found = measure(
         "MiniLM",
         str(find_model(MINILM)),

@@ -1,13 +1,13 @@
-"""The DeBERTa shape on a CUDA GPU: training at 40 tokens and encoding at 250 in bf16, ours beside
-transformers' padded forward pass, and CPU against GPU.
+"""Speed of the DeBERTa shape on a CUDA GPU: training at 40 tokens and encoding at 250 in bf16, ours
+compared with transformers' padded forward pass, and the agreement of CPU and GPU.
 
 python bench/gpu.py [--peak TFLOPS] [--device cuda]      about 3 minutes on one GPU; writes
 bench/results_gpu.json
 
-The share of the peak counts the operations of the layers' matrices on real tokens only, against the
-matrix-multiply peak measured in the same run, or against --peak (989 for an H100's or H200's dense
-bf16). Goals: 30% in training, 35% in encoding. `--device cpu` runs the same code on small sizes, to
-try it.
+The share of the peak counts the operations of the layers' matrices on real tokens only. It is
+relative to the matrix-multiply peak measured in the same run, and also to --peak if that is given
+(989 for the dense bf16 of an H100 or H200). Goals: 30% in training, 35% in encoding. `--device cpu`
+runs the same code on small sizes, as a trial.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from train_embedding_model import contrastive_loss
 
 
 def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
-    """Best of several, the GPU's queue empty before and after."""
+    """Return the best time of several rounds, with the GPU's queue empty before and after each."""
     best = float("inf")
     for _ in range(rounds + 1):  # the first warms up
         if device.type == "cuda":
@@ -46,7 +46,7 @@ def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 5) -> f
 def training_step(
     encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]], optimizer: Any
 ) -> Callable[[], None]:
-    """Forward, InfoNCE over the batch, backward, AdamW."""
+    """Return a training step: forward pass, InfoNCE over the batch, backward pass, AdamW."""
 
     def step() -> None:
         encoder.model.train()
@@ -64,7 +64,7 @@ def training_step(
 def encoding(
     encoder: Encoder, forward: Callable[..., Any], ids: list[list[int]]
 ) -> Callable[[], None]:
-    """All texts, dropout off."""
+    """Return a function that embeds all texts without dropout."""
 
     def embed() -> None:
         encoder.model.eval()
@@ -76,7 +76,7 @@ def encoding(
 
 
 def measure(device: torch.device, peak: float | None) -> list[dict[str, Any]]:
-    """Rows for training, encoding and agreement."""
+    """Measure training and encoding, and return one row for each."""
     small = device.type == "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(deberta_folder(Path(scratch)))
@@ -126,7 +126,7 @@ def measure(device: torch.device, peak: float | None) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Parse the command line, measure, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

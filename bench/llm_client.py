@@ -37,7 +37,7 @@ REQUESTS = 24 * CONCURRENCY
 
 @contextlib.contextmanager
 def fake_server() -> Iterator[str]:
-    """Start a local server in another process; the value is its base URL."""
+    """Start a local server in another process, and yield its base URL."""
     script = ROOT / "tests" / "fake_llm_server.py"
     command = [sys.executable, str(script), "--latency", str(LATENCY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -62,7 +62,7 @@ def make_run(folder: Path, url: str) -> GenerationRun:
 
 
 class Cost(NamedTuple):
-    """What 1,000 requests need."""
+    """The resources that 1,000 requests need."""
 
     seconds: float
     processor_seconds: float
@@ -70,7 +70,7 @@ class Cost(NamedTuple):
 
 
 def measure_cost(work: Callable[[], Coroutine[Any, Any, None]]) -> Cost:
-    """Run a coroutine that sends REQUESTS requests."""
+    """Run a coroutine that sends REQUESTS requests, and return its cost."""
 
     def state() -> tuple[float, float, float]:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -83,7 +83,7 @@ def measure_cost(work: Callable[[], Coroutine[Any, Any, None]]) -> Cost:
 
 
 async def plain_gather(url: str, bodies: list[dict[str, Any]]) -> None:
-    """The peer: one task for each request, and a semaphore that limits the concurrency."""
+    """Send all requests as the peer: one task for each, and a semaphore limits the concurrency."""
     client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
     semaphore = asyncio.Semaphore(CONCURRENCY)
 

@@ -1,5 +1,5 @@
-"""sentence-transformers' OpenVINO backend on given texts, run by encoding.py in .venv-openvino:
-prints the best of two times, writes vectors.
+"""Embed texts with the OpenVINO backend of sentence-transformers. encoding.py runs this script in
+.venv-openvino. It prints the best of two times and writes the vectors.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`make bench`: measures every speed figure of the README, ours and those of other libraries, in
-one run on one machine, and writes bench/results.json and bench/results.md.
+"""Measure every speed figure of the README, ours and those of other libraries, in one run on one
+machine, and write bench/results.json and bench/results.md (`make bench`).
 
     python bench/run.py [--quick] [--only training encoding startup llm]
 
---quick takes small samples. Runs in .venv-bench (bench/requirements.txt). A ratio is the time of
-the other library divided by our time. Do not use the machine for anything else at the same time.
+--quick takes small samples. The script runs in .venv-bench (bench/requirements.txt). A ratio is the
+time of the other library divided by our time. Do not use the machine for anything else meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = ("training", "encoding", "startup", "llm")
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, with the matrix-multiply peaks measured now."""
+    """Return the hardware and versions, and measure the matrix-multiply peaks."""
     lines = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if Path("/proc/cpuinfo").exists()
@@ -51,7 +51,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(part: str, quick: bool) -> list[dict[str, Any]]:
-    """One part's rows."""
+    """Measure one part and return its rows."""
     if part == "llm":
         import llm_client
 
@@ -60,7 +60,7 @@ def measure(part: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def markdown(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The README's table: like-for-like rows (bf16 against bf16) first."""
+    """Return the README's table, with the rows that compare bf16 with bf16 first."""
     rows = [row for row in results if "ratio" in row]
     rows.sort(key=lambda row: not ("bf16" in row["operation"] or "flash" in row["operation"]))
     lines = ["| operation | peer | ours | theirs | ratio | goal |", "|---|---|---|---|---|---|"]
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="smaller samples, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="use smaller samples, fewer rounds")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to measure")
     wanted = parser.parse_args()
     about = machine() | {"date": datetime.date.today().isoformat(), "quick": wanted.quick}

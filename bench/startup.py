@@ -1,5 +1,5 @@
-"""How soon `main.py --help` answers, and where the quickstart's wall time goes, by the times at
-which its log lines appear.
+"""Measure how soon `main.py --help` answers, and how long each stage of the quickstart takes. The
+lines of its log mark the ends of the stages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from common import ROOT, interleaved
 
-# What marks the end of a stage on stderr -> the stage's name and why it is there.
+# Text on stderr that marks the end of a stage -> the name of the stage and its purpose.
 STAGES = {
     "papers to train on": (
         "start: Python, torch and transformers are imported, papers read and checked for overlap"
@@ -24,7 +24,7 @@ STAGES = {
 
 
 def help_seconds() -> float:
-    """Seconds until `python main.py --help` has answered."""
+    """Return the seconds until `python main.py --help` has answered."""
     command = [sys.executable, str(ROOT / "main.py"), "--help"]
     return interleaved(
         {"help": lambda: subprocess.run(command, check=True, capture_output=True)}, 5
@@ -32,7 +32,7 @@ def help_seconds() -> float:
 
 
 def quickstart_stages() -> dict[str, float]:
-    """Seconds of each stage of one quickstart run."""
+    """Return the seconds of each stage of one quickstart run."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "main.py"), "--output-dir", f"{folder}/run"]
@@ -56,7 +56,7 @@ def quickstart_stages() -> dict[str, float]:
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    """Two entries: they have no peer."""
+    """Measure both, and return two rows, which have no peer."""
     seconds = help_seconds()
     sys.stderr.write(f"main.py --help: {seconds:.2f} s\n")
     stages = quickstart_stages()

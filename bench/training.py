@@ -1,7 +1,7 @@
-"""A training step beside sentence-transformers' trainer (bf16 and float32) and disentangled-flash's
-torch backend: same summaries, same batch size.
+"""Speed of a training step, compared with the trainer of sentence-transformers (bf16 and float32)
+and the torch backend of disentangled-flash, on the same summaries with the same batch size.
 
-Ours is `train_embedding_model`'s own step: batches of random papers, tokenizing, loss over all
+Ours is the step of `train_embedding_model`: batches of random papers, tokenizing, loss over all
 in-batch negatives, AdamW, gradient norm. Theirs is the trainer with MultipleNegativesRankingLoss
 and fused AdamW, timed between the ends of its steps.
 """
@@ -38,7 +38,7 @@ SHORTEST, LONGEST = 20, 60  # tokens of a summary
 
 
 class _Ends(TrainerCallback):
-    """When each step of the peer's trainer ended."""
+    """Records when each step of the peer's trainer ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -50,8 +50,8 @@ class _Ends(TrainerCallback):
 def ours(
     folder: str | Path, papers: list[Paper], batch: int, scratch: Path, texts_at_once: int = 0
 ) -> tuple[Callable[[int], list[float]], int]:
-    """A function that takes so many steps and returns their seconds; operations of one real token's
-    step.
+    """Return a function that does a number of steps and returns the seconds of each, and how many
+    operations a step needs per real token.
     """
     settings = complete(
         Settings(
@@ -84,8 +84,8 @@ def theirs(
     scratch: Path,
     change: Callable[[Any], Any] | None = None,
 ) -> Callable[[int], list[float]]:
-    """The same for sentence-transformers' trainer; `change` may replace parts of the transformers
-    model.
+    """Return such a function for the trainer of sentence-transformers. `change` may replace parts
+    of the transformers model.
     """
     transformer = Transformer(str(folder))
     model = SentenceTransformer(
@@ -120,8 +120,8 @@ def theirs(
 
 
 def agreement(folder: str | Path) -> str:
-    """Largest relative difference of loss and gradients between our forward pass and transformers'
-    own, float32, dropout off, one batch.
+    """Describe the relative difference of loss and gradients between our forward pass and that of
+    transformers, on one batch in float32 without dropout.
     """
     encoder = our_encoder(folder)
     encoder.model.eval()
@@ -149,7 +149,7 @@ def agreement(folder: str | Path) -> str:
 
 
 def random_papers(count: int) -> list[Paper]:
-    """Papers of two summaries each."""
+    """Return papers with two random summaries each."""
     summaries = texts(2 * count, SHORTEST, LONGEST)
     return [Paper(str(i), summaries=tuple(summaries[2 * i : 2 * i + 2])) for i in range(count)]
 
@@ -157,8 +157,8 @@ def random_papers(count: int) -> list[Paper]:
 def cached(
     folder: str | Path, batch: int, parts: tuple[int, ...], steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """The rows of gradient caching in so many parts beside one pass, all ours, each on its own copy
-    of the model.
+    """Return the rows that compare gradient caching in 2 or more `parts` with one pass. All of them
+    are ours, each on a separate copy of the model.
     """
     papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
@@ -198,7 +198,7 @@ def measure(
     rounds: int,
     peers: dict[str, tuple[bool, Any, float]],
 ) -> list[dict[str, Any]]:
-    """Rows of one model. peers: operation -> (bf16, change, goal)."""
+    """Return the rows of one model. `peers` holds operation -> (bf16, change, goal)."""
     papers = random_papers(8 * batch)
     with tempfile.TemporaryDirectory() as scratch:
         mine, operations = ours(folder, papers, batch, Path(scratch))
@@ -234,7 +234,7 @@ def measure(
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    """All rows of training."""
+    """Measure all rows of this part."""
     from disentangled_flash import optimize_deberta_training  # type: ignore[import-not-found]
 
     logging.disable(logging.WARNING)

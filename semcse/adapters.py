@@ -38,7 +38,7 @@ class AdaptedNorm(nn.Module):
         self.norm, self.bottleneck = norm, bottleneck
 
     def forward(self, total: Tensor) -> Tensor:
-        """(n, length, d) -> the same shape."""
+        """Apply the bottleneck and the norm to (n, length, d) states; the shape stays the same."""
         return cast(Tensor, self.norm(total + self.bottleneck(self.norm(total))))
 
 
@@ -46,8 +46,8 @@ def add_adapter(encoder: Encoder, folder: Path) -> None:
     """Put a bottleneck adapter that the `adapters` library saved into the layers of an encoder.
 
     Args:
-        encoder: the BERT-like model that the adapter was trained on; it is changed in place.
-        folder: holds the ADAPTER_FILES of a SEQ_BN adapter.
+        encoder: The BERT-like model that the adapter was trained on; it is changed in place.
+        folder: Holds the ADAPTER_FILES of a SEQ_BN adapter.
     """
     try:
         config = files.read_json(folder / ADAPTER_FILES[0])["config"]
@@ -72,7 +72,7 @@ def add_adapter(encoder: Encoder, folder: Path) -> None:
 
 
 def _states_by_layer(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Layer number -> the state dict of its bottleneck."""
+    """Return layer number -> the state dict of its bottleneck."""
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.items():
         if not (found := ADAPTER_KEY.fullmatch(key)):
@@ -82,7 +82,7 @@ def _states_by_layer(weights: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]
 
 
 def _bottleneck(size: int, state: dict[str, Tensor], activation: str) -> nn.Module:
-    """(..., size) -> (..., size); its weights have the names that the adapters library uses."""
+    """Build a bottleneck from (..., size) to (..., size) with the weights in `state`."""
     narrow = len(state["adapter_down.0.bias"])
     down = nn.Sequential(nn.Linear(size, narrow), ACT2FN[activation])
     module = nn.Sequential(OrderedDict(adapter_down=down, adapter_up=nn.Linear(narrow, size)))

@@ -1,4 +1,4 @@
-"""Generates texts at half the price with OpenAI's Batch API, which takes files of requests and
+"""Generate texts at half the price with OpenAI's Batch API, which takes files of requests and
 answers them within a day.
 
 Prompts, quality gate, journal and outputs are those of generation.py. What is in progress is noted
@@ -30,7 +30,7 @@ from semcse.generation import GenerationRun, PendingPaper, most_tokens
 
 log = logging.getLogger(__name__)
 
-MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one file [OpenAI]
+MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # limits of one file [OpenAI]
 POLL = 30.0  # seconds between two polls; a new batch is in the server's list by then
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
@@ -57,7 +57,7 @@ class BatchRun(GenerationRun):
         self.room = sys.maxsize  # how many requests the server accepts at a time
         self.rejected_before = Counter(self.answers.rejected)  # key -> rejections in earlier runs
         self.unanswered: Counter[int] = Counter()  # key -> requests without an answer
-        # uploaded file -> what is noted of it: the keys of its requests, their cost, its batch
+        # uploaded file -> what is known of it: the keys of its requests, their cost, its batch
         self.uploads: dict[str, dict[str, Any]] = {}
         for _, row in Journal.scan(self.path) if self.path.exists() else ():
             self.uploads.setdefault(row["file"], {}).update(row)
@@ -66,7 +66,7 @@ class BatchRun(GenerationRun):
         for _, keys in self.papers() if others else ():
             others.difference_update(keys)
         if others:
-            what = f"{self.path}: {len(others)} requests in progress are not of this command"
+            what = f"{self.path}: {len(others)} requests in progress belong to another command"
             fix = "repeat the command that sent them, or delete the file and pay again"
             raise UserError(what, fix)
 

@@ -12,7 +12,7 @@ Values = NDArray[np.float64]
 
 
 def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
-    """Percentile 95% interval of the mean of `values` (n,), from RESAMPLES resamples."""
+    """Return the percentile 95% interval of the mean of `values` (n,), from RESAMPLES resamples."""
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -20,13 +20,13 @@ def bootstrap_interval(values: Values, seed: int) -> tuple[float, float]:
 
 
 def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tuple[float, float]]:
-    """Mean of `one` - `other`, and its bootstrap 95% interval, which resamples the differences.
+    """Return the mean of `one` - `other` and its bootstrap 95% interval over the differences.
 
     Args:
         one: (papers,) values of the first model.
         other: (papers,) values of the second model. A paper with NaN in either one is left out, and
             at least one paper must have both values.
-        seed: seed of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     differences = (one - other)[~np.isnan(one - other)]
     return float(differences.mean()), bootstrap_interval(differences, seed)
@@ -35,11 +35,11 @@ def paired_difference(one: Values, other: Values, seed: int) -> tuple[float, tup
 def paired_differences(
     per_paper: Mapping[str, Mapping[str, Values]], seed: int
 ) -> list[dict[str, Any]]:
-    """The paired differences of every two models on the tasks that both have values for.
+    """Return the paired differences of every two models on the tasks that both have values for.
 
     Args:
-        per_paper: model -> task -> (papers,) values.
-        seed: seed of the bootstrap.
+        per_paper: Model -> task -> (papers,) values.
+        seed: Seed of the bootstrap.
 
     Returns:
         For each pair {"models": [first, second], "tasks": {task: {"difference", "ci95"}}}.

@@ -45,7 +45,7 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the state of a checkpoint. RunError: it is not what `write` wrote."""
+    """Read the tensors and the state of a checkpoint. Raise a RunError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -68,7 +68,7 @@ def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:
-    """SHA-256 of the text and of the name, type, shape and bytes of every tensor."""
+    """Return the SHA-256 of the text and of the name, type, shape and bytes of every tensor."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -85,8 +85,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return what settings.json records about a run apart from its settings.
 
-    Its "inputs" must be the same on all processes, and again when the run is resumed. The sums are
-    those of the papers as they were read, because a papers file may be compressed in between.
+    Its "inputs" must be the same in all processes, and the same again when the run is resumed. They
+    hold checksums of the papers, not of the files, because a file may be compressed in between.
     """
     inputs = {
         "train_file (SHA-256 of its papers)": _papers_sum([*train, *held_out]),
@@ -111,7 +111,7 @@ def _papers_sum(papers: list[Paper]) -> str:
 
 
 def _encoder_sum(encoder: Encoder) -> str:
-    """The sum of weights, configuration and tokenizer, wherever they come from."""
+    """Return a checksum of weights, configuration and tokenizer, wherever they were loaded from."""
     config: Any = encoder.model.config
     ignored = ("_name_or_path", "transformers_version")
     facts = {key: value for key, value in config.to_dict().items() if key not in ignored}

@@ -1,6 +1,4 @@
-"""What every script shares: parsing its flags, its log, its signals and its exit code (which
-semcse/errors.py lists).
-"""
+"""The parts that every script shares: flags, log, signals and exit codes (semcse/errors.py)."""
 
 import contextlib
 import errno
@@ -34,7 +32,7 @@ def run_command(command: Callable[[], None]) -> int:
         without_secrets("".join(traceback.format_exception(*fault))), end="", file=sys.stderr
     )
     try:
-        with memory_named("--max-length or the size of a batch, where the script has one"):
+        with memory_named("--max-length or the size of a batch, if the script has one"):
             command()
         sys.stdout.flush()
         return 0
@@ -50,7 +48,7 @@ def run_command(command: Callable[[], None]) -> int:
         # Discard what is left in stdout's buffer; otherwise Python fails again when it exits.
         with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader went away, as in `script | head`
+        if isinstance(error, BrokenPipeError):  # the reader has ended, as in `script | head`
             return 1
         where = f" ({error.filename})" if error.filename else ""
         fix = FIXES.get(error.errno, "remove the cause and run again")
@@ -77,8 +75,8 @@ def parse_command_line(kind: type[T], args: Sequence[str] | None, default: T) ->
 
 
 class StopSignal:
-    """Holds back Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step. A
-    second signal ends the block at once, unless it is `patient`: launchers send a signal twice.
+    """Delays Ctrl-C and SIGTERM inside a `with` block, so that a loop can finish its step. A second
+    signal ends the block at once, unless `patient` is true: launchers send a signal twice.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -106,7 +104,7 @@ class StopSignal:
 
 
 class _OneLine(logging.Formatter):
-    """Escapes whatever could garble a line of the log."""
+    """Escapes every character that could garble a line of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))

@@ -18,13 +18,13 @@ from semcse.types import Metric
 
 # A block of squared distances (2 MiB of float64) stays in the cache of a core.
 QUERY_BLOCK, CANDIDATE_BLOCK = 64, 4096
-# Two squared distances are equal if they differ by at most this share of their sum, or by the
-# rounding error of unit vectors: more than float64 rounding, less than float32 vectors can differ.
+# Two squared distances count as equal if they differ by at most TIE times their sum (plus UNIT_TIE
+# for the cosine). That is more than float64 rounding and less than float32 vectors can differ.
 TIE, UNIT_TIE = 1e-11, 2e-19
 
 
 def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
-    """All distances between the rows of two matrices, differentiable.
+    """Return all distances between the rows of two matrices. The result is differentiable.
 
     Equal rows have distance exactly 0, and the gradient there is 0 instead of NaN.
 
@@ -46,7 +46,7 @@ def distances(a: Tensor, b: Tensor, metric: Metric) -> Tensor:
 def ranks(
     queries: Tensor, candidates: Tensor, metric: Metric, positives: Tensor | None = None
 ) -> Tensor:
-    """Exact mid-rank of each query's positive among all candidates.
+    """Return the exact mid-rank of each query's positive among all candidates.
 
     The rank is 1 + the number of other candidates that are strictly closer + half the number of
     others that are equally close. A model that maps all texts to one vector ranks (m + 1) / 2.
@@ -54,14 +54,14 @@ def ranks(
     Args:
         queries: (n, d) float32.
         candidates: (m, d) float32.
-        metric: the distance.
+        metric: The distance.
         positives: (n,) index of each query's positive; None means candidate i for query i.
 
     Returns:
         (n,) float64 ranks between 1 and m.
 
     Raises:
-        ValueError: the vectors contain NaN or infinity.
+        ValueError: The vectors contain NaN or infinity.
     """
     positives = torch.arange(len(queries)) if positives is None else positives
     result = torch.ones(len(queries), dtype=torch.float64)
@@ -85,15 +85,15 @@ def ranks(
 def nearest(
     queries: Tensor, candidates: Tensor, k: int, metric: Metric, excluded: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest candidates of each query, exactly; equal distances are ordered by index.
+    """Find the exact k nearest candidates of each query. Equal distances are ordered by index.
 
     The candidates are read once and may be larger than memory, such as a memory-mapped file.
 
     Args:
         queries: (n, d) float32.
         candidates: (m, d) float32.
-        k: number of neighbours, at least 1.
-        metric: the distance.
+        k: Number of neighbours, at least 1.
+        metric: The distance.
         excluded: (n,) index of a candidate that is not a neighbour (the query itself), or -1.
 
     Returns:
@@ -101,7 +101,7 @@ def nearest(
         there are too few candidates.
 
     Raises:
-        ValueError: the vectors contain NaN or infinity.
+        ValueError: The vectors contain NaN or infinity.
     """
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64)
     indices = torch.full((len(queries), k), -1)
@@ -129,15 +129,15 @@ class _Block(NamedTuple):
     rows: slice  # the queries of this block
     start: int  # index of its first candidate
     queries: Tensor  # (r, d) float64, unit vectors for the cosine
-    candidates: Tensor  # (c, d) likewise
-    squares: Tensor  # (r, c) rounded; infinity for the excluded candidates
+    candidates: Tensor  # (c, d) float64, unit vectors for the cosine
+    squares: Tensor  # (r, c) with rounding errors; infinity for the excluded candidates
     error: Tensor  # (r, 1) bound on the rounding error of `squares`
 
 
 def _blocks(
     queries: Tensor, candidates: Tensor, metric: Metric, excluded: Tensor | None
 ) -> Iterator[_Block]:
-    """All pairs of a block of candidates (outer loop) and a block of queries (inner loop)."""
+    """Yield all pairs of a block of candidates (outer loop) and a block of queries (inner loop)."""
     for start in range(0, len(candidates), CANDIDATE_BLOCK):
         c, c_squares = _points(candidates[start : start + CANDIDATE_BLOCK], metric)
         for first in range(0, len(queries), QUERY_BLOCK):
@@ -156,7 +156,7 @@ def _blocks(
 
 
 def _points(vectors: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """(n, d) float64 vectors, scaled to length 1 for the cosine, and their (n,) squared lengths."""
+    """Return float64 vectors (n, d), of length 1 for the cosine, and their squared lengths (n,)."""
     points = vectors.double()
     lengths = torch.linalg.vector_norm(points, dim=1)
     if not torch.isfinite(lengths).all():

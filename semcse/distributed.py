@@ -35,7 +35,7 @@ class ProcessGroup:
 
     rank: int = 0  # only rank 0 validates, writes, logs and shows progress bars
     size: int = 1
-    control: Any = None  # gloo group for Python objects; vectors and gradients take the default one
+    control: Any = None  # gloo group for Python objects; vectors and gradients use the default one
 
     def local_share(self, texts: Sequence[list[int]]) -> Sequence[list[int]]:
         """Return the texts that this process embeds: every `size`-th. If none is left for it, it
@@ -72,7 +72,7 @@ class ProcessGroup:
         return values
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the value of rank 0, for which the others may have to wait long."""
+        """Return the value of rank 0. The other processes may have to wait for it for hours."""
         values = [value]
         if self.size > 1:
             with self._lost_contact_named():
@@ -80,9 +80,9 @@ class ProcessGroup:
         return values[0]
 
     def leave(self) -> None:
-        """Wait for all processes, then end the group. What follows is the work of rank 0 alone."""
+        """Wait for all processes, then end the group. Only rank 0 has work to do after that."""
         if self.size > 1:
-            # A process that has passed may be gone before another hears of it.
+            # A process that has finished waiting may end before its message reaches the others.
             with contextlib.suppress(RunError):
                 self.all_gather_object(None)
             dist.destroy_process_group()
@@ -94,7 +94,7 @@ class ProcessGroup:
         except RuntimeError as error:  # gloo, NCCL and the store raise many kinds
             reason = str(error)[:150]
             what = f"process {self.rank} of {self.size} lost contact with another ({reason})"
-            fix = "see why that one ended, then --resume with as many processes"
+            fix = "find out why it ended, and --resume with the same number of processes"
             raise RunError(what, fix) from None
 
 

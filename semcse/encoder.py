@@ -86,9 +86,9 @@ class Encoder:
         return self.forward_padded(ids)
 
     def forward_padded(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Do the same as `forward` by the model's own forward pass, on one padded batch."""
+        """Do the same as `forward` with the model's own forward pass, on one padded batch."""
         lengths = torch.tensor([len(row) for row in ids])
-        # Few different lengths: CPU kernels are compiled and kept for each shape.
+        # Rounded lengths, because CPU kernels are compiled and kept for each shape.
         longest = min(packed.padded_length(int(lengths.max())), longest_input(self.model))
         padded = torch.tensor([[*row, *[self._pad_id] * (longest - len(row))] for row in ids])
         mask = (torch.arange(longest) < lengths[:, None]).to(self.device)
@@ -100,7 +100,7 @@ class Encoder:
         return int(self.tokenizer.pad_token_id or 0)
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (n, length, d) and mask (n, length) -> vectors (n, d)."""
+        """Turn hidden states (n, length, d) and a mask (n, length) into vectors (n, d)."""
         if self.usage.pooling == "pooler":
             vectors = cast(Tensor, self.model.pooler(hidden))  # type: ignore[operator]
         else:
@@ -111,12 +111,12 @@ class Encoder:
         """Embed texts without dropout. The vectors are in the order of the texts.
 
         Args:
-            texts: any strings. Each is embedded alone, with `prompt` in front of it.
+            texts: Any strings. Each is embedded alone, with `prompt` in front of it.
             prompt: "", or one of the two prompts of the usage.
-            label: the name on the progress bar; "" for no bar.
+            label: The name on the progress bar; "" for no bar.
 
         Raises:
-            RunError: the model returns NaN or infinity, or memory runs out.
+            RunError: The model returns NaN or infinity, or memory runs out.
         """
         chunks, cut = [], 0
         was_training = self.model.training
@@ -132,7 +132,7 @@ class Encoder:
         vectors = torch.cat(chunks) if chunks else torch.empty(0, 0)
         if not torch.isfinite(vectors).all():
             what = f"model {self.name} returned vectors with NaN or infinity"
-            raise RunError(what, "check its weights, and that it was not trained to divergence")
+            raise RunError(what, "check its weights (its training may have diverged)")
         return Embedded(vectors, cut)
 
     def _tokenized_chunks(
@@ -202,7 +202,7 @@ def choose_device(device: Device) -> torch.device:
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Return whether to train under bf16 autocast. "auto" means: if the hardware multiplies bf16
+    """Return whether to compute under bf16 autocast. "auto" means: if the hardware multiplies bf16
     natively (GPUs of compute capability 8.0 or higher; CPUs with AVX512_BF16 or AMX).
     """
     if precision != "auto":

@@ -45,7 +45,7 @@ def memory_named(settings: str) -> Iterator[None]:
 
 
 def without_secrets(text: str) -> str:
-    """Replace API keys and tokens in `text`, which a server may have sent back, by stars."""
+    """Replace API keys and tokens in `text`, which a server may have sent back, with stars."""
     for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         value = os.environ.get(name, "").strip()
         if len(value) >= 8:  # shorter values, such as "EMPTY", are placeholders

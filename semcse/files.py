@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             os.replace(partial, path)
     except Exception as error:
-        # safetensors and tokenizers report a full disk by exceptions that are no OSErrors.
+        # safetensors and tokenizers report a full disk by exceptions that are not OSErrors.
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code and not isinstance(error, OSError):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
@@ -67,12 +67,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON atomically. ValueError: it holds NaN or infinity."""
+    """Write `value` as indented JSON atomically. Raise a ValueError if it holds NaN or infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that this project wrote. UserError: it is missing or is not JSON."""
+    """Read a JSON file that this project wrote. Raise a UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -141,8 +141,8 @@ def _line(row: Row) -> bytes:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, named `.NAME.lock`. UserError: another process holds it. The
-    kernel releases the lock when the process ends, even if it is killed.
+    """Hold the lock file `path`, named `.NAME.lock`. Raise a UserError if another process holds it.
+    The kernel releases the lock when the process ends, even if it is killed.
     """
     held = filelock.FileLock(path)
     try:

@@ -1,4 +1,4 @@
-"""Generates texts on papers with a language model, and never pays for the same text twice.
+"""Generate texts on papers with a language model, and never pay for the same text twice.
 
 A task wants some short texts of every paper. Each wanted text is a slot, and its key is a hash of
 everything that decides the answer. Every answer is appended to `<output>.journal.jsonl` as soon as
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight, because they are paid
+GRACE = 5.0  # seconds that Ctrl-C waits for answers in flight, because they are billed anyway
 CHARS_PER_TOKEN = 4  # a rule of thumb for English, for estimates of costs
 BATCH_PRICE = 0.5  # what a token costs in a batch, as a share of its usual price [OpenAI]
 TOKENS = ("prompt_tokens", "completion_tokens")
@@ -65,16 +65,16 @@ class GenerationFlags:
     # among several servers. The environment variable OPENAI_API_KEY holds their key.
     base_url: tuple[str, ...] = ()
     model: str = tyro.MISSING  # name of the model on the server
-    concurrency: int = 32  # most requests in flight; lowered after HTTP 429 and timeouts
+    concurrency: int = 32  # largest number of requests in flight; falls after HTTP 429 and timeouts
     temperature: float = 0.7  # sampling temperature [A]
     top_p: float = 0.95  # nucleus sampling [A]
-    max_tokens: int = 120  # most tokens of a text; longer texts are rejected as cut off
-    attempts: int = 3  # most answers to ask for until one passes the quality gate
-    retries: int = 8  # how often a request is sent again after a fault of server or network
+    max_tokens: int = 120  # largest number of tokens of a text; longer texts are rejected
+    attempts: int = 3  # largest number of answers to request until one passes the quality gate
+    retries: int = 8  # how often a request is sent again after a server or network error
     timeout: float = 120.0  # seconds to wait for an answer
     price_in: float = 0.0  # price of a million prompt tokens
     price_out: float = 0.0  # price of a million completion tokens
-    max_cost: float = math.inf  # stop when all answers in the journal have cost this much
+    max_cost: float = math.inf  # stop when the answers in the journal have cost this much in total
     batch: bool = False  # use OpenAI's Batch API: half the price, answers within a day
     estimate: bool = False  # print what the missing texts would cost, and send nothing
     skip_invalid: bool = False  # count and log bad lines of the input instead of stopping
@@ -83,14 +83,14 @@ class GenerationFlags:
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """What a script wants of every paper."""
+    """The texts that a script requests for every paper."""
 
     key: Literal["summaries", "query"]  # key of the papers file that holds the texts
     system: str  # the system prompt
     # Name -> instruction, which follows the paper's text; the slots take them in turn. "{n}" stands
     # for the number of texts to write.
     prompts: dict[str, str]
-    texts: int  # texts wanted of a paper
+    texts: int  # number of texts to request for a paper
     min_texts: int  # papers with fewer texts are not written
     words: tuple[int, int]  # fewest and most words of a text
     structured: bool = False  # request all missing texts of a paper at once, with a JSON schema
@@ -98,7 +98,7 @@ class GenerationTask:
 
 
 def check_flags(flags: GenerationFlags) -> None:
-    """Raise a UserError that names the flag if the run cannot work, before anything is read."""
+    """Raise a UserError that names a flag with which the run cannot work. Nothing is read yet."""
     for name, (low, high) in BOUNDS.items():
         if not low <= getattr(flags, name) <= high:
             flag = f"--{name.replace('_', '-')}"
@@ -119,8 +119,8 @@ def check_flags(flags: GenerationFlags) -> None:
 
 
 def generate_texts(flags: GenerationFlags, task: GenerationTask) -> None:
-    """Do what the command line of a generation script asks for. Raises a RunError if servers refuse
-    all requests or are gone, or if --max-cost is reached; all answers are kept.
+    """Run a generation script. Raise a RunError if the servers refuse all requests or stop
+    answering, or if --max-cost is reached; all answers are kept.
     """
     check_flags(flags)
     if flags.shard != "1/1":
@@ -154,11 +154,11 @@ def generate_texts(flags: GenerationFlags, task: GenerationTask) -> None:
 
 @dataclass
 class PendingPaper:
-    """A paper of which texts are missing."""
+    """A paper that lacks some texts."""
 
     paper: Paper
     index: int  # position in the input, which decides the server that is asked first
-    keys: list[int]  # by slot
+    keys: list[int]  # key of each slot
     texts: dict[int, str]  # slot -> accepted text
     refused: bool = False  # whether the server rejects the text of this paper
 
@@ -170,7 +170,7 @@ class GenerationRun:
         self, flags: GenerationFlags, task: GenerationTask, answers: "AnswerJournal"
     ) -> None:
         self.flags, self.task, self.answers = flags, task, answers
-        self.share = BATCH_PRICE if flags.batch else 1.0  # of the usual price
+        self.share = BATCH_PRICE if flags.batch else 1.0  # share of the usual price
         self.count = Counter(dict.fromkeys((*COUNTS, *TOKENS), 0))
         self.rejected, self.faults = Counter[str](), Counter[str]()
         # paper id -> why texts were not accepted
@@ -207,7 +207,7 @@ class GenerationRun:
 
     async def send(self, stop: StopSignal) -> None:
         """Request all missing texts with a fixed number of workers. If that ends early, wait for
-        the answers in flight, because they are paid.
+        the answers in flight, because they are billed anyway.
         """
         requests, workers = self.requests(), list[asyncio.Task[None]]()
         async with self.pool as pool:
@@ -235,7 +235,7 @@ class GenerationRun:
                 bar.update(self.count["accepted"] - bar.n)
 
     async def _work(self, requests: Iterator[tuple[PendingPaper, list[int]] | None]) -> None:
-        """Take request after request from the iterator that all workers share."""
+        """Send one request after another from the iterator that all workers share."""
         try:
             for request in requests:
                 if request:
@@ -372,14 +372,14 @@ class GenerationRun:
             raise RunError(what, f"see the reasons in {output}.failed.jsonl")
 
     def papers(self) -> Iterator[tuple[Paper, list[int]]]:
-        """Read the papers of this shard from the start; with each come the keys of its slots."""
+        """Yield each paper of this shard with the keys of its slots, in the order of the input."""
         part = shard_slice(self.flags.shard)
         papers = read_papers(self.flags.input, ("abstract",), self.flags.skip_invalid)
         for paper in itertools.islice(papers, part.start, None, part.step):
             yield paper, self.keys(paper)
 
     def requests(self) -> Iterator[tuple[PendingPaper, list[int]] | None]:
-        """Yield a paper and the slots to request at once, until all missing texts are requested.
+        """Yield a paper and the slots of one request, until all missing texts are requested.
         Yield None where papers need no request, so that the caller can let other tasks run.
         """
         for index, (paper, keys) in enumerate(self.papers()):
@@ -392,7 +392,7 @@ class GenerationRun:
 
     def keys(self, paper: Paper) -> list[int]:
         """Return the 64-bit key of each slot of a paper: a hash of prompt, model, sampling
-        parameters, paper and slot number. The list is empty if the paper keeps what it has.
+        parameters, paper and slot number. The list is empty if the paper keeps its existing text.
         """
         flags, task = self.flags, self.task
         if task.keep_existing and getattr(paper, task.key):
@@ -439,7 +439,7 @@ class GenerationRun:
         return body
 
     def cost(self, read: float, written: float) -> float:
-        """Return the usual price of so many prompt tokens and completion tokens."""
+        """Return the usual price of these numbers of prompt and completion tokens."""
         return (read * self.flags.price_in + written * self.flags.price_out) / 1e6
 
     def budget_is_spent(self, reserved: float = 0.0) -> bool:
@@ -448,7 +448,7 @@ class GenerationRun:
 
 
 class AnswerJournal(Journal):
-    """The journal of all answers. For each accepted text memory holds two integers: the key of its
+    """The journal of all answers. For each accepted text, memory holds two integers: the key of its
     slot and its position in the file.
     """
 
@@ -459,7 +459,7 @@ class AnswerJournal(Journal):
         super().__init__(path, keep=_is_intact)
         self.offsets: dict[int, int] = {}  # key -> position of the accepted text
         self.rejected: Counter[int] = Counter()  # key -> number of rejected texts
-        # Prompt tokens and completion tokens; those of batches count with their share of the price.
+        # Prompt tokens and completion tokens; tokens of batches are multiplied by BATCH_PRICE.
         self.billed = [0.0, 0.0]
         for offset, row in self.scan(path):
             self._count(offset, row)

@@ -1,4 +1,4 @@
-"""Asks one or several OpenAI-compatible servers for texts.
+"""Ask one or several OpenAI-compatible servers for texts.
 
 The openai package does HTTP, proxies, exponential backoff and Retry-After. `ServerPool` adds three
 things: a retry goes to the next server, fewer requests are in flight after HTTP 429 and timeouts,
@@ -21,7 +21,7 @@ import openai
 
 from semcse.errors import RunError, UserError, without_secrets
 
-# A run ends after so many failures in a row, and so many seconds without any answer.
+# A run ends after this many failures in a row and this many seconds without any answer.
 GONE_AFTER_FAILURES, GONE_AFTER_SECONDS = 50, 60.0
 RETRY_COUNT = "x-stainless-retry-count"  # header in which the openai package counts retries
 
@@ -129,7 +129,7 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
             ]
         self.urls = [server.base_url.join("chat/completions") for server in self.servers]
         self.concurrency = concurrency
-        self.limit = float(concurrency)  # of requests in flight, lower after faults
+        self.limit = float(concurrency)  # limit of requests in flight, lower after faults
         self.in_flight = 0
         self.stopping = False  # once it is set, no more requests are sent
         self.faults: Counter[str] = Counter()
@@ -140,9 +140,9 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
         """Send one request to the server with this number, modulo the number of servers.
 
         Raises:
-            Unanswered: there was no answer to this request after all retries.
-            RunError: there is no answer to any request: wrong key, wrong URL, servers gone.
-            asyncio.CancelledError: the request was not sent, because the run is stopping.
+            Unanswered: This request had no answer after all retries.
+            RunError: No request is answered: the key or the URL is wrong, or the servers are gone.
+            asyncio.CancelledError: The request was not sent, because the run is stopping.
         """
         first = self.servers[server % len(self.servers)]
         with translated_errors():
@@ -188,7 +188,7 @@ class ServerPool(openai.DefaultAsyncHttpxClient):
         return response
 
     def _count_fault(self, kind: str) -> None:
-        """Lower the limit if a server has too much to do, and end the run if none answers."""
+        """Lower the limit if a server is overloaded, and end the run if no server answers."""
         now = time.monotonic()
         self.faults[kind] += 1
         if kind in ("HTTP 429", "timeout") and now - self._last_cut >= 1:

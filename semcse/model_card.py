@@ -17,7 +17,7 @@ TAGS = "sentence-transformers sentence-similarity feature-extraction semcse scie
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is the id of a repository on the Hub, NAME/REPO."""
+    """Return whether `name` is the id of a repository on the Hub, NAME/REPO."""
     # huggingface_hub reads its environment variables when this is first imported.
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -29,12 +29,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """The Hub id of a model as it is; only the last part of a path on this machine."""
+    """Return a Hub id unchanged, and only the last part of a path on this machine."""
     return name if is_hub_id(name) and not Path(name).exists() else Path(name).name
 
 
 def card_facts(run: Run, **more: Any) -> dict[str, Any]:
-    """Everything that the card's template needs, except the model's name and the example texts.
+    """Return what the card's template needs, except the model's name and the example texts.
 
     `more` holds `perf` (row of the table -> Perf, or empty), `sample` (whether the run was trained
     on the sample papers), `license` and `llm_license` (empty if unknown).
@@ -51,7 +51,7 @@ def card_facts(run: Run, **more: Any) -> dict[str, Any]:
 
 
 def _base_model(run: Run) -> dict[str, str]:
-    """The encoder's id on the Hub, or its name, and its licence; empty if it is unknown."""
+    """Return the encoder's Hub id or name, and its licence, which is empty if it is unknown."""
     from semcse.models import find_recipe
 
     encoder = run.facts["settings"]["encoder"]
@@ -64,7 +64,7 @@ def _base_model(run: Run) -> dict[str, str]:
 
 
 def _training_data(run: Run) -> dict[str, Any]:
-    """The sources of the training papers, and the language model that wrote their summaries.
+    """Return the sources of the training papers, and the language model that wrote their summaries.
 
     Both are empty if the training file was changed after the run began.
     """
@@ -78,7 +78,7 @@ def _training_data(run: Run) -> dict[str, Any]:
 
 
 def eval_results(benchmark: Mapping[str, Any]) -> Iterator[hub.EvalResult]:
-    """The scores of the four tasks as the Hub stores them."""
+    """Yield the scores of the four tasks in the form that the Hub stores."""
     for task, scores in benchmark["tasks"].items():
         for key in (main_score(task), "mrr", "recall_at_1", "recall_at_10"):
             main = key == main_score(task)
@@ -99,14 +99,14 @@ def eval_results(benchmark: Mapping[str, Any]) -> Iterator[hub.EvalResult]:
 
 
 def code(value: object) -> str:
-    """A Markdown code span, in which no text is markup. Unprintable characters are removed."""
+    """Return a Markdown code span, in which no text is markup, without unprintable characters."""
     text = "".join(char for char in " ".join(str(value).split()) if char.isprintable())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text or ' '}{fence}"
 
 
 def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
-    """The card without metadata. Its Python examples embed `texts` with the model `name`."""
+    """Return the card without metadata. Its Python examples embed `texts` with the model `name`."""
     text = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
     template = Template(text, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = str(template.render(facts, name=name, texts=texts, code=code, literal=repr))
@@ -114,7 +114,7 @@ def card_text(facts: Mapping[str, Any], name: str, texts: list[str]) -> str:
 
 
 def model_card(facts: Mapping[str, Any], repo_id: str) -> str:
-    """The whole card: the metadata that the Hub reads, then the text."""
+    """Return the whole card: the metadata that the Hub reads, then the text."""
     # Other sources may be folders of this machine, whose names look like Hub ids.
     known = {one.split()[0] for one in facts["sources"] if one.startswith("allenai/scirepeval")}
     data = hub.ModelCardData(

@@ -87,7 +87,7 @@ def fetch_from_hub(hub_id: str, patterns: list[str], revision: str = "main") -> 
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of Usage in `semcse.json`, or None where the folder has no such file."""
+    """Return the fields of Usage in `semcse.json`, or None if the folder has no such file."""
     path = folder / MARKER
     if not path.is_file():
         return None
@@ -97,7 +97,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
-    """Return the fields of Usage in a folder's sentence-transformers files, {} if it has none.
+    """Return the fields of Usage in a folder's sentence-transformers files, or {} if it has none.
 
     The pooling or the metric may be one that this project cannot compute.
     """
@@ -113,7 +113,7 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
         prompts = config.get("prompts") or {}
         found = {
             "pooling": _read_pooling(folder),
-            # sentence-transformers compares by cosine where the files name no similarity.
+            # sentence-transformers compares by cosine if the files name no similarity.
             "metric": config.get("similarity_fn_name") or "cosine",
             "max_length": _read_max_length(folder),
             "query_prompt": prompts.get("query"),
@@ -125,7 +125,7 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
 
 def _read_max_length(folder: Path) -> Any:
     # sentence-transformers before version 6 writes max_seq_length. Version 6 leaves the length to
-    # the tokenizer, whose files hold a huge number where there is no limit.
+    # the tokenizer, whose files hold a huge number if there is no limit.
     length = _read_if_there(folder / "sentence_bert_config.json").get("max_seq_length")
     if length is None:
         length = _read_if_there(folder / "tokenizer_config.json").get("model_max_length")
@@ -133,7 +133,7 @@ def _read_max_length(folder: Path) -> Any:
 
 
 def _read_pooling(folder: Path) -> str:
-    """The name of the pooling; several names if the files join several vectors."""
+    """Return the name of the pooling, or several names if the files join several vectors."""
     config, prefix = _read_if_there(folder / "1_Pooling" / "config.json"), "pooling_mode_"
     modes = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
     mode = ", ".join(modes) or str(config.get("pooling_mode"))
@@ -146,7 +146,7 @@ def _read_if_there(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """Raise a UserError that names `path` where its JSON has other keys or types than expected."""
+    """Raise a UserError that names `path` if its JSON has other keys or types than expected."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -169,22 +169,22 @@ def load_encoder(
     trust_remote_code: bool = False,
     revision: str = "main",
 ) -> Encoder:
-    """Load a model and its tokenizer, in float32 whatever type its files hold.
+    """Load a model and its tokenizer, in float32, whatever type its files have.
 
     `semcse.models.load_model` also finds out how to use the model.
 
     Args:
-        name: a folder or a Hub id.
-        usage: how to use the model. A `max_length` above the model's limit becomes that limit.
-        trust_remote_code: run the Python code that the model brings, where it brings any.
-        revision: branch, tag or full commit hash of a model from the Hub.
+        name: A folder or a Hub id.
+        usage: How to use the model. A `max_length` above the model's limit becomes that limit.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        revision: Branch, tag or full commit hash of a model from the Hub.
     """
     # transformers would show a bar for each file of weights.
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model, tokenizer = _load_parts(name, usage, trust_remote_code, revision)
     if type(tokenizer).__name__.startswith("DebertaV2"):
         tokenizer = _with_nfkc(tokenizer)
-    # CLS pooling takes the first position, also for readers of a folder that we save.
+    # CLS pooling reads the first position, so padding must be on the right, also in saved folders.
     tokenizer.padding_side = "right"
     if usage.pooling == "last":
         # A decoder would store keys and values for generation, a gigabyte per batch.
@@ -198,7 +198,7 @@ def load_encoder(
 
 
 def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str) -> tuple[Any, Any]:
-    """The model and the tokenizer; refuses what transformers would load with wrong vectors."""
+    """Load model and tokenizer. Refuse what transformers would load with wrong vectors."""
     source = find_model(name)
     if trust_remote_code:
         log.warning("--trust-remote-code: %s (revision %s) may run its own code", name, revision)
@@ -219,7 +219,7 @@ def _load_parts(name: str, usage: Usage, trust_remote_code: bool, revision: str)
     for key in sorted(loading["missing_keys"]):
         if usage.pooling == "pooler" or not key.startswith("pooler."):
             raise UserError(f"model {name} cannot be loaded (it lacks {key})", "check the files")
-    # transformers makes up an empty tokenizer where the files of the tokenizer are missing.
+    # transformers makes an empty tokenizer if the files of the tokenizer are missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model {name} has no tokenizer", "put its tokenizer files into the folder")
     return model, tokenizer
@@ -285,7 +285,7 @@ def _save_tokenizer(encoder: Encoder, folder: Path) -> None:
 
 
 def _sentence_transformers_files(usage: Usage, size: int) -> dict[str, Any]:
-    """File name -> content, in the format that sentence-transformers 2 to 6 read."""
+    """Return file name -> content, in the format that sentence-transformers 2 to 6 read."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     prompts = {"query": usage.query_prompt, "document": usage.document_prompt}
     return {

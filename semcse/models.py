@@ -24,7 +24,7 @@ from semcse.types import Device, Metric, Pooling
 
 log = logging.getLogger(__name__)
 
-# Makes an environment for the models whose own code does not run on transformers 5.
+# Command that makes an environment for the models whose own code does not run on transformers 5.
 MAKE_ENVIRONMENT = (
     "python3 -m venv .venv4 && .venv4/bin/pip install torch==2.13.0 numpy==2.4.6 tqdm==4.70.1"
     " tyro==1.0.17"
@@ -34,7 +34,7 @@ DEFAULT_USAGE = Usage("cls", "euclidean", 512)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How its authors use a model. The head of recipes.toml explains each field."""
+    """How the authors of a model use it. The head of recipes.toml explains each field."""
 
     hub_id: str
     usage: Usage
@@ -137,7 +137,7 @@ def usage_of(
 
 
 def _read_usage(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """Where a model says how it is used, and the fields of Usage that are found there."""
+    """Return where the usage of a model is described, and the fields of Usage found there."""
     if recipe := find_recipe(name):
         _check_environment(name, recipe, trust_remote_code)
         return "recipe", asdict(recipe.usage)
@@ -157,17 +157,17 @@ def load_model(
     device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Load any model that turns texts into vectors, to be used as its authors or its training say.
+    """Load any model that turns texts into vectors, and use it as its authors or its training do.
 
     The encoder's `usage` says how it is used, and its `origins` where this was read.
 
     Args:
-        name: a recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
+        name: A recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
             such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
-        pooling, metric, max_length: what to use instead of the model's own values (`usage_of`).
-        default: how to use a model about which nothing is known.
-        device: "auto" takes a GPU where there is one.
-        trust_remote_code: allow the model to run the Python code that it brings.
+        pooling, metric, max_length: What to use instead of the model's own values (`usage_of`).
+        default: How to use a model about which nothing is known.
+        device: "auto" takes a GPU if there is one.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Example:
         >>> from semcse import load_model
@@ -223,7 +223,7 @@ def _load(name: str, usage: Usage, device: Device, trust_remote_code: bool) -> E
 
 
 def _config_folder(name: str) -> Path:
-    """The folder with a model's JSON files, which are downloaded if the model is on the Hub."""
+    """Return the folder with a model's JSON files. Download them if the model is on the Hub."""
     source = find_model(name)
     if isinstance(source, str):
         return fetch_from_hub(source, ["*.json", "1_Pooling/*.json"])

@@ -1,4 +1,4 @@
-"""Finds papers that are already in a collection, by id, title or near-equal abstract, so that no
+"""Find papers that are already in a collection, by id, title or near-equal abstract, so that no
 evaluation paper is trained on. Abstracts are compared by sketches (bottom-k MinHash): a sample of
 the hashes of their word 8-grams.
 """
@@ -19,8 +19,8 @@ NEAR_EQUAL = 0.5  # share of the smaller sketch that near-equal abstracts have i
 
 @functools.lru_cache(maxsize=2)  # because a paper is looked up and then added
 def sketch(text: str) -> tuple[int, ...]:
-    """Returns the SKETCH smallest hashes of a text's word 8-grams, or all if there are fewer. Two
-    sketches share about as large a part of their hashes as the texts share of their 8-grams.
+    """Return the SKETCH smallest hashes of a text's word 8-grams, or all if there are fewer. The
+    share of hashes that two sketches have in common estimates the share of common 8-grams.
     """
     words = re.findall(r"\w+", normalise(text))
     # A text of fewer than eight words is one shorter n-gram; a text without words has none.
@@ -42,7 +42,7 @@ class SeenPapers:
             self.add(paper)
 
     def add(self, paper: Paper) -> None:
-        """Adds one paper to the collection."""
+        """Add one paper to the collection."""
         self.ids.add(paper.id)
         self._titles.add(normalise(paper.title))
         hashes = sketch(paper.abstract)
@@ -52,7 +52,7 @@ class SeenPapers:
         self._whole_sketches.add(hash(hashes))
 
     def reason(self, paper: Paper) -> str | None:
-        """Returns why `paper` counts as already collected ("id", "title" or "abstract"), or None if
+        """Return why `paper` counts as already collected ("id", "title" or "abstract"), or None if
         it is new.
         """
         if paper.id in self.ids:
@@ -70,7 +70,7 @@ class SeenPapers:
 
 
 def drop_seen(papers: Iterable[Paper], seen: SeenPapers) -> tuple[list[Paper], Counter[str]]:
-    """Returns the papers that are not in `seen`, and how many were dropped for which reason."""
+    """Return the papers that are not in `seen`, and how many were dropped for which reason."""
     reasons = [(paper, seen.reason(paper)) for paper in papers]
     kept = [paper for paper, reason in reasons if reason is None]
     return kept, Counter(reason for _, reason in reasons if reason)

@@ -85,8 +85,8 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Pac
 
     Args:
         ids: n lists of token ids.
-        pad_id: the token id to write at padding. Padding changes no result.
-        device: the device of the model.
+        pad_id: The token id to write at padding. Padding changes no result.
+        device: The device of the model.
     """
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     flat: list[int] = []
@@ -110,7 +110,7 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Pac
 def split_by_tokens(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Split tokenized texts into batches: lists of indices into `ids`, longest texts first.
 
-    A batch has at most `max_tokens` tokens, padding included, or it is a single text.
+    A batch has at most `max_tokens` tokens, padding included, unless it is a single text.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
@@ -137,26 +137,26 @@ def hidden_states(model: Any, batch: PackedBatch) -> list[Tensor]:
 
 
 def _heads(linear: Any, array: Tensor, batch: PackedBatch, heads: int) -> list[Tensor]:
-    """(total, d) -> for each group (texts, heads, length, size), where size = d / heads."""
+    """Map (total, d) to (texts, heads, length, size) for each group, where size = d / heads."""
     groups = batch.split(linear(array))
     return [group.view(*group.shape[:2], heads, -1).transpose(1, 2) for group in groups]
 
 
 def _attend(scores: Tensor, values: Tensor, mask: Tensor, dropout: Any) -> Tensor:
-    """Scores (texts, heads, length, length), values (texts, heads, length, size) -> as values."""
+    """Average values (texts, heads, length, size) by scores (texts, heads, length, length)."""
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weighted: Tensor = dropout(torch.softmax(scores, dim=-1)) @ values
     return weighted
 
 
 def _join(contexts: list[Tensor], total: int) -> Tensor:
-    """Each group's (texts, heads, length, size) -> (total, d), with zeros at filler tokens."""
+    """Join each group's (texts, heads, length, size) to (total, d), with zeros at filler tokens."""
     joined = torch.cat([one.transpose(1, 2).flatten(2).flatten(0, 1) for one in contexts])
     return functional.pad(joined, (0, 0, 0, total - len(joined)))
 
 
 def _bert_attention(attention: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """(total, d) -> (total, d)."""
+    """Compute the self-attention of BERT, (total, d) -> (total, d)."""
     queries, keys, values = (
         _heads(linear, hidden, batch, attention.num_attention_heads)
         for linear in (attention.query, attention.key, attention.value)
@@ -173,7 +173,7 @@ def _bert_attention(attention: Any, hidden: Tensor, batch: PackedBatch) -> Tenso
 
 
 def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table: Tensor) -> Tensor:
-    """Disentangled self-attention, (total, d) -> (total, d).
+    """Compute disentangled self-attention, (total, d) -> (total, d).
 
     The score of tokens i and j is (q_i . k_j + q_i . K[i - j] + k_j . Q[i - j]) / sqrt(3 * size),
     where K and Q are the key and query projections of `table`, (2 * position_buckets, d), which has
@@ -207,8 +207,8 @@ def _deberta_attention(attention: Any, hidden: Tensor, batch: PackedBatch, table
 
 
 def _table_rows(attention: Any, length: int, device: torch.device) -> Tensor:
-    """(2 * length - 1,) int64: the row of the position table for each distance from -(length - 1)
-    to length - 1. Short distances have a row each; long ones share rows, on a logarithmic scale.
+    """Return the table row of each distance from -(length - 1) to length - 1: (2 * length - 1,)
+    int64. Short distances have a row each; long ones share rows, on a logarithmic scale.
     """
     buckets = attention.position_buckets
     distances = torch.arange(1 - length, length, device=device)
@@ -218,7 +218,7 @@ def _table_rows(attention: Any, length: int, device: torch.device) -> Tensor:
 
 
 def _by_position(by_distance: Tensor) -> Tensor:
-    """Scores by distance (..., L, 2L - 1) -> scores by position (..., L, L).
+    """Turn scores by distance (..., L, 2L - 1) into scores by position (..., L, L).
 
     Column c of the input holds the scores for j - i = c - (L - 1). The result is
     out[i, j] = by_distance[i, L - 1 + j - i]. For L = 3, with the cells that are read in brackets:

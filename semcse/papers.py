@@ -1,4 +1,4 @@
-"""Reads papers files, the JSON Lines format that all scripts share (README, Data format).
+"""Read papers files, the JSON Lines format that all scripts share (README, Data format).
 
 A papers file is JSONL in UTF-8, optionally gzipped, with one object per line: `id` (unique),
 `title`, `abstract`, and optionally `summaries` (a list of strings), `query`, `field`, `topic`,
@@ -25,7 +25,7 @@ T = TypeVar("T")
 TEXT_KEYS = ("id", "title", "abstract", "query", "field", "topic", "source")
 # A longer line cannot be a paper: 16 MiB are about three million words.
 LONGEST_LINE = 16 * 2**20
-# In characters. The time to normalise a word grows with the square of its combining marks.
+# Lengths in characters. The time to normalise a word grows with the square of its combining marks.
 LONGEST_ID, LONGEST_WORD = 1_000, 5_000
 MOST_VISITS = 100
 
@@ -48,7 +48,7 @@ class Paper:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
-        """Returns the JSON object of this paper, without the keys that are empty."""
+        """Return the JSON object of this paper, without the keys that are empty."""
         row: dict[str, Any] = {key: getattr(self, key) for key in TEXT_KEYS if getattr(self, key)}
         if self.visits != 1:
             row["visits"] = self.visits
@@ -58,7 +58,7 @@ class Paper:
 
 
 def normalise(text: str) -> str:
-    """Returns the form in which two texts are compared: Unicode NFKC, lower case, single spaces,
+    """Return the form in which two texts are compared: Unicode NFKC, lower case, single spaces,
     no full stop at the end.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
@@ -67,13 +67,13 @@ def normalise(text: str) -> str:
 def read_papers(
     path: str | Path, need: Collection[str] = (), skip_invalid: bool = False
 ) -> Iterator[Paper]:
-    """Reads the papers of a file one at a time. Raises a UserError for a line that is not valid,
+    """Read the papers of a file one at a time. Raise a UserError for a line that is not valid,
     and if the file cannot be read or holds no papers.
 
     Args:
-        path: the papers file, plain or gzipped; "-" means standard input.
-        need: keys besides `id` that every paper must have and that must not be blank.
-        skip_invalid: leave out bad lines and log how many, instead of stopping at the first.
+        path: The papers file, plain or gzipped; "-" means standard input.
+        need: Keys besides `id` that every paper must have and that must not be blank.
+        skip_invalid: Leave out bad lines and log how many, instead of stopping at the first.
     """
     ids: set[str] = set()
     lines = _parsed_lines(path, lambda line: _parse_paper(line, need, ids), skip_invalid, "paper")
@@ -81,14 +81,14 @@ def read_papers(
 
 
 def text_lines(path: str | Path, skip_invalid: bool = False) -> Iterator[tuple[int, str]]:
-    """Yields (1-based line number, stripped text) of each line of a text file that is not blank;
+    """Yield (1-based line number, stripped text) of each line of a text file that is not blank;
     `skip_invalid` leaves out lines that are not UTF-8.
     """
     yield from _parsed_lines(path, lambda line: _decode(line).strip(), skip_invalid, "text")
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (1-based line number, raw line) of each line that is not blank. The path "-" means
+    """Yield (1-based line number, raw line) of each line that is not blank. The path "-" means
     standard input. Gzip is detected from the first two bytes, not from the name.
     """
     try:
@@ -113,7 +113,7 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def shard_slice(shard: str) -> slice:
-    """Returns the slice of a file's papers in the shard "i/n": "2/4" gives slice(1, None, 4)."""
+    """Return the slice of a file's papers in the shard "i/n": "2/4" gives slice(1, None, 4)."""
     parts = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     if not parts or int(parts[1]) > int(parts[2]):
         raise UserError(f"--shard {shard} is not a shard", "give i/n with 1 <= i <= n, such as 2/4")
@@ -123,7 +123,7 @@ def shard_slice(shard: str) -> slice:
 def _parsed_lines(
     path: str | Path, parse: Callable[[bytes], T], skip_invalid: bool, noun: str
 ) -> Iterator[tuple[int, T]]:
-    """Yields (line number, parsed line). `parse` raises a UserError; `noun` says what a line is."""
+    """Yield (line number, parsed line). `parse` raises a UserError; `noun` says what a line is."""
     kept, skipped = 0, 0
     for number, line in raw_lines(path):
         try:
@@ -143,7 +143,7 @@ def _parsed_lines(
 
 
 def _parse_paper(line: bytes, need: Collection[str], ids: set[str]) -> Paper:
-    """Parses and checks a line. `ids` holds the ids of earlier lines, and this one is added."""
+    """Parse and check a line. `ids` holds the ids of earlier lines, and this one is added."""
     row = _parse_object(line)
     texts = {key: row[key] for key in TEXT_KEYS if key in row}
     summaries, visits = row.get("summaries", []), row.get("visits", 1)
@@ -181,7 +181,7 @@ def _check_sizes(paper_id: str, texts: list[str]) -> None:
     if len(paper_id) > LONGEST_ID:
         raise UserError(f'key "id" has more than {LONGEST_ID} characters', "give a shorter id")
     for text in texts:
-        # The first comparison spares short texts the split.
+        # The first comparison avoids splitting short texts.
         if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
             what = f"a text has a word of more than {LONGEST_WORD} characters"
             raise UserError(what, "fix the text, or leave the paper out")

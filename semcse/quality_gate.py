@@ -1,4 +1,4 @@
-"""The quality gate: cleans what a language model answered, and says why a text must not be used.
+"""The quality gate: clean the answers of a language model, and say why a text must not be used.
 
 The rules and thresholds are our choice.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 
 from semcse.papers import normalise
 
-SAME_WORDS = 0.8  # Jaccard index of their word sets from which two texts are near-duplicates
-COPIED = 0.7  # share of its word 5-grams in the source from which a text is a copy
-LONGEST_TEXT = 4_000  # characters; the time for cleaning an answer grows with their square
-CHARS_PER_WORD = 40  # most characters of a text for each word that it may have
+SAME_WORDS = 0.8  # two texts are near-duplicates if their word sets have this Jaccard index
+COPIED = 0.7  # a text is copied if this share of its word 5-grams is in the source
+LONGEST_TEXT = 4_000  # in characters; the time for cleaning an answer grows with their square
+CHARS_PER_WORD = 40  # a text of at most n words may have n times this many characters
 
 _STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", '\'\'""""')
 _LIST_MARK = re.compile(r"^(?:[-*+•>]+|#{1,6}|\(?\d{1,2}[.)])\s+")
@@ -101,13 +101,13 @@ def judge(
     """Return the first reason why a cleaned text must not enter the data, or None if it is good.
 
     Args:
-        text: what `clean` returned.
-        title, abstract: those of the paper, which the text must not copy.
-        prompt: everything the model was told, which the text must not repeat.
-        words: the fewest and the most words of a text.
-        others: texts of the same paper that were accepted before.
-        question: whether the text may be a question.
-        cut: whether the token limit ended the text.
+        text: What `clean` returned.
+        title, abstract: Those of the paper, which the text must not copy.
+        prompt: All instructions to the model, which the text must not repeat.
+        words: The fewest and the most words of a text.
+        others: Texts of the same paper that were accepted before.
+        question: Whether the text may be a question.
+        cut: Whether the token limit ended the text.
     """
     reasons: dict[str, Callable[[], object]] = {
         "cut off": lambda: cut,

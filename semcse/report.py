@@ -53,7 +53,7 @@ STYLE: Any = {"text.parse_math": False, "font.size": 8.5, "axes.grid": True, "gr
 
 @dataclass(frozen=True)
 class Run:
-    """What the page and the model card need of a finished run folder."""
+    """The content of a finished run folder that the page and the model card need."""
 
     folder: Path  # absolute
     facts: dict[str, Any]  # settings.json
@@ -82,7 +82,7 @@ def save_map(path: Path, papers: Sequence[Paper], vectors: Any, seed: int) -> No
 
 
 def read_run(folder: Path) -> Run:
-    """Read a finished run folder. UserError: it is not one, or a file is missing or damaged."""
+    """Read a run folder. Raise a UserError if it is unfinished, or a file is missing or damaged."""
     folder = folder.resolve()
     if (folder / "UNFINISHED").exists() or not (folder / "settings.json").exists():
         raise UserError(f"{folder} is not a finished run", "name a finished run of main.py")
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
 
 
 def describe_score(task: str, result: Mapping[str, Any]) -> str:
-    """A task's main score with what a reader needs to judge it: its pool and its direction."""
+    """Return the name of a task's main score with its k, its pool size and its direction."""
     sizes = [f"{word} {result[word]}" for word in ("k", "pool") if word in result]
     direction = "higher is better" if task == "clustering" else "lower is better"
     return ", ".join([main_score(task).replace("_", " "), *sizes, direction])
@@ -149,7 +149,7 @@ def draw_curves(run: Run, figure: Any) -> None:
 
 
 def layout(vectors: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
-    """Place (n, d) vectors in the unit square with t-SNE: (n, 2), the longer side is 1."""
+    """Place (n, d) vectors in the unit square with t-SNE, and return their (n, 2) coordinates."""
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import normalize
 
@@ -167,8 +167,8 @@ def layout(vectors: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
 
 
 def map_data(run: Run) -> dict[str, Any]:
-    """What the page's script needs to draw the maps, as JSON values; empty without vectors of
-    FEWEST_ON_MAP papers. UserError: an npz file of the run is damaged.
+    """Return what the page's script needs to draw the maps, or {} if there are fewer than
+    FEWEST_ON_MAP papers. Raise a UserError if an npz file of the run is damaged.
     """
     titles, field_of_paper, states = [], [], []
     for path in filter(Path.exists, (run.folder / f"{stem}.npz" for stem in ROWS)):
@@ -195,7 +195,7 @@ def map_data(run: Run) -> dict[str, Any]:
 
 
 def _map_state(run: Run, stem: str, vectors: np.ndarray) -> dict[str, Any]:
-    """The map of one result file: the papers' places, nearest papers and distances."""
+    """Return the map of one result file: the papers' places, nearest papers and distances."""
     import torch
 
     from semcse.distances import nearest

@@ -103,7 +103,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """The git commit of this code, with "+" after it if files were changed; None without git."""
+    """Return the git commit of this code, with "+" if files were changed; None without git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Reads data sets of the Hub and files of many kinds as rows, for collect_papers.py. `datasets`
+"""Read data sets of the Hub and files of many kinds as rows, for collect_papers.py. `datasets`
 parses CSV, JSON and parquet, `pybtex` BibTeX, and `pylatexenc` LaTeX.
 """
 
@@ -20,7 +20,7 @@ FILE_KINDS = (".bib", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
 
 @contextlib.contextmanager
 def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]:
-    """Turns whatever the libraries raise in the block into a one-line error of this `kind`."""
+    """Turn every error of the libraries in the block into a one-line error of this `kind`."""
     try:
         yield
     except UserError:
@@ -31,7 +31,7 @@ def library_errors(kind: type[UserError], what: str, fix: str) -> Iterator[None]
 
 
 def open_split(name: str, config: str, split: str) -> Any:
-    """Opens one split of a data set on the Hub, or in a folder, as a `datasets.IterableDataset`. If
+    """Open one split of a data set on the Hub, or in a folder, as a `datasets.IterableDataset`. If
     a repository still has a loading script, or does not describe its configs, the Hub's parquet
     conversion (revision refs/convert/parquet) is read.
     """
@@ -50,8 +50,8 @@ def open_split(name: str, config: str, split: str) -> Any:
 
 
 def open_file(path: Path, columns: list[str]) -> Any:
-    """Opens a file of one of the FILE_KINDS, gzipped or not, as a `datasets.IterableDataset`. The
-    `columns` of a CSV or TSV table are read as text, whatever they look like.
+    """Open a file of one of the FILE_KINDS, gzipped or not, as a `datasets.IterableDataset`. The
+    `columns` of a CSV or TSV table are read as text, even if they look like numbers.
     """
     from datasets import IterableDataset, load_dataset
 
@@ -74,7 +74,7 @@ def open_file(path: Path, columns: list[str]) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Reads the rows of a JSONL file. (`datasets` refuses keys that appear in late lines only.)"""
+    """Read the rows of a JSONL file. (`datasets` refuses keys that appear in late lines only.)"""
     for number, line in raw_lines(path):
         what = f"{path}:{number}: is not a JSON object"
         with library_errors(UserError, what, "write one object per line"):
@@ -83,7 +83,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
-    """Reads the entries of a BibTeX file as rows of plain text: the citation key as `id`, and the
+    """Read the entries of a BibTeX file as rows of plain text: the citation key as `id`, and the
     fields by their lower-case names. A UserError names the first line of an entry that is broken.
     """
     from pybtex.database.input import bibtex
@@ -112,8 +112,8 @@ def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
 
 
 def latex_to_text(latex: str) -> str:
-    """Returns LaTeX as plain text: accents and symbols become Unicode, commands their content, and
-    mathematics between dollar signs stays.
+    """Return LaTeX as plain text: accents and symbols become Unicode, commands become
+    their content, and mathematics between dollar signs stays.
     """
     try:
         # An unescaped percent sign would start a comment.
@@ -127,7 +127,7 @@ def _latex_converter() -> Any:
     from pylatexenc import latex2text
 
     context = latex2text.get_default_latex_context_db()
-    # Zotero writes < and > so. \- is a place to hyphenate. pylatexenc fails on \href.
+    # Zotero writes < and > as commands. \- is a place to hyphenate. pylatexenc fails on \href.
     texts = {"textless": "<", "textgreater": ">", "-": "", "href": ""}
     macros = [latex2text.MacroTextSpec(name, text) for name, text in texts.items()]
     specials = [latex2text.SpecialsTextSpec("&", "&")]
@@ -136,7 +136,7 @@ def _latex_converter() -> Any:
 
 
 def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any]]:
-    """Yields every object inside a row, at any depth, that has all `columns`: the row itself, for
+    """Yield every object inside a row, at any depth, that has all `columns`: the row itself, for
     example, or a query and its candidates.
     """
     if isinstance(value, dict) and all(column in value for column in columns):
@@ -147,7 +147,7 @@ def objects_with(columns: tuple[str, ...], value: Any) -> Iterator[dict[str, Any
 
 
 def text_of(value: Any) -> str:
-    """Returns a cell as text with single spaces. None gives "", the items of a list (an abstract
+    """Return a cell as text with single spaces. None gives "", the items of a list (an abstract
     stored as sentences) are joined, and words are cut to LONGEST_WORD characters.
     """
     if value is None:

@@ -16,12 +16,12 @@ TASKS = ("title_abstract", "abstract_segments", "query", "clustering")
 
 
 def main_score(task: str) -> str:
-    """The score that tables show: "purity" (higher is better) or "mean_rank" (lower is better)."""
+    """Return the score for tables: "purity" (higher is better) or "mean_rank" (lower is better)."""
     return "purity" if task == "clustering" else "mean_rank"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table with columns of equal width. The first row is its head."""
+    """Return the lines of a Markdown table, its columns padded. The first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
@@ -31,11 +31,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def table_lines(
     named: Mapping[str, Mapping[str, Any]], perf: Mapping[str, float | None] | None = None
 ) -> list[str]:
-    """The lines of a table with one row per model: main scores with their 95% intervals.
+    """Return the lines of a table with one row per model: main scores with their 95% intervals.
 
     Args:
-        named: row name -> object of benchmark.json; pool sizes in the head are those of the first.
-        perf: row name -> Perf; adds a column.
+        named: Row name -> object of benchmark.json; pool sizes in the head are those of the first.
+        perf: Row name -> Perf; adds a column.
     """
     tasks = next(iter(named.values()))["tasks"]
     rows = [["", *(_head(task, tasks[task]) for task in TASKS)]]
@@ -56,7 +56,7 @@ def _head(task: str, result: Mapping[str, Any]) -> str:
 
 
 def _cell(task: str, result: Mapping[str, Any], key: str, sign: str = "") -> str:
-    """The value `key` of a task with its interval; `sign` "+" shows the sign of a difference."""
+    """Return the value `key` of a task with its interval; `sign` "+" is for differences."""
     if result.get(key) is None:
         return "no data"
     form = f"{sign}.{3 if task == 'clustering' else 2}f"
@@ -65,7 +65,7 @@ def _cell(task: str, result: Mapping[str, Any], key: str, sign: str = "") -> str
 
 
 def paired_lines(paired: list[dict[str, Any]]) -> list[str]:
-    """The lines of a table of `semcse.bootstrap.paired_differences`; none for a single model."""
+    """Return the lines of a table of `bootstrap.paired_differences`; none for a single model."""
     if not paired:
         return []
     rows = [["", *TASKS]]
@@ -80,12 +80,12 @@ def paired_lines(paired: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown(title: str, table: list[str], notes: list[str]) -> str:
-    """The text of benchmark.md: a title, a table, and a list of notes."""
+    """Return the text of benchmark.md: a title, a table, and a list of notes."""
     return "\n".join([f"# {title}", "", *table, "", *(f"- {note}" for note in notes), ""])
 
 
 def notes_on(report: Mapping[str, Any]) -> list[str]:
-    """What a reader of a table must know: the data, missing tasks, and left-out papers."""
+    """Return what a reader of a table must know: the data, missing tasks, and left-out papers."""
     notes = [
         f"{report['n_papers']} papers of {report['eval_file']}; mean ranks and purity with"
         f" bootstrap 95% intervals over papers ({RESAMPLES} resamples)."

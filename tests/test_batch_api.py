@@ -332,7 +332,7 @@ def test_requests_in_progress_are_sent_by_no_other_command(
         for change in ({"temperature": 0.1}, {"model": "other"}):
             other = generate(source, server.url, batch=True, **change)
             assert (other.code, len(server.batches)) == (2, 1)
-            assert "4 requests in progress are not of this command" in other.error
+            assert "4 requests in progress belong to another command" in other.error
         server.looks = 1
         assert generate(source, server.url, batch=True).code == 0
         assert generate(source, live.url).code == 0

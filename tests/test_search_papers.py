@@ -135,7 +135,7 @@ def test_a_model_of_another_dimension_is_refused(
     search: Search, tiny_bert: Path, tmp_path: Path
 ) -> None:
     path = store(tmp_path, list("abcd"))
-    with pytest.raises(UserError, match="gives 32 numbers a text, not 2"):
+    with pytest.raises(UserError, match="makes vectors of 32 numbers, not 2"):
         search("--vectors", path, "--query", "soil", "--model", tiny_bert)
 
 

@@ -1,4 +1,4 @@
-"""Cut the development papers into files to train on, to choose settings with, and to report on.
+"""Cut the development papers into files for training, for choosing settings and for reporting.
 
     python tools/development_split.py --data FOLDER --output-dir runs/development
 
@@ -41,7 +41,7 @@ class Command:
 
 
 def held_out_parts(papers: list[Paper]) -> dict[str, list[Paper]]:
-    """Name of a file -> the papers that are held out in it, in the order of `papers`."""
+    """Return name of a file -> the held-out papers in it, in the order of `papers`."""
     ids = {part: set(some) for part, some in files.read_json(IDS).items()}
     parts = {part: [paper for paper in papers if paper.id in some] for part, some in ids.items()}
     more = [
@@ -52,8 +52,8 @@ def held_out_parts(papers: list[Paper]) -> dict[str, list[Paper]]:
 
 
 def training_papers(data: Path, papers: list[Paper], seen: SeenPapers) -> list[Paper]:
-    """The papers and groups of definitions to train on, with their numbers of visits. Papers in
-    `seen` are left out. A paper of several sources is taken from the one with the most visits.
+    """Return the papers and groups of definitions to train on, with their visits. Papers in `seen`
+    are left out. A paper of several sources is taken from the one with the most visits.
     """
     summaries, _ = drop_seen(read_papers(data / "llm_summaries.jsonl.gz", ("summaries",)), seen)
     by_people, _ = drop_seen((paper for paper in papers if len(paper.summaries) >= 2), seen)

@@ -38,11 +38,11 @@ class Command:
     model: tuple[str, ...] = ()  # recipe name of a model in the authors' table; may be repeated
     eval_file: str = Settings.eval_file  # papers file to score the models on
     output: str = "runs/protocol_sweep.json"  # file for the findings
-    device: Device = "auto"  # auto: a CUDA GPU where there is one, else the CPU
+    device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
 
 
 def published_scores(name: str) -> dict[str, float]:
-    """Task -> published main score of a recipe. UserError: there is none."""
+    """Return task -> published main score of a recipe. Raise a UserError if it has none."""
     from semcse.models import RECIPES, find_recipe
 
     recipe = find_recipe(name)
@@ -53,7 +53,7 @@ def published_scores(name: str) -> dict[str, float]:
 
 
 def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
-    """The pool size at which a model is expected to have its published mean rank.
+    """Return the pool size at which a model is expected to have its published mean rank.
 
     In a random part of n of the N candidates of a pool, the expected mean rank is
     1 + (mean rank - 1) * (n - 1) / (N - 1), which is solved for n here. Returns None for the mean
@@ -101,7 +101,7 @@ def main() -> None:
         found[name] = {
             "published": scores,
             "abstract": sweep(encoder, papers, scores, TASKS[:3]),
-            # The joined text contains the title, so that only this task makes sense.
+            # The joined text contains the title, so only this task makes sense.
             "title + abstract": sweep(encoder, joined, scores, ["query"]),
         }
     print(json.dumps(found, indent=2))

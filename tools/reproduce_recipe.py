@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def recipe_lines(name: str, command: Command) -> list[str]:
-    """The lines of a recipe's table: its reference, seeds, differences, mean and deviation."""
+    """Return the table of a recipe: its reference, seeds, differences, mean and deviation."""
     from semcse.models import load_model
 
     runs = [recipe_settings(name, command, seed) for seed in range(command.seeds)]
@@ -89,12 +89,12 @@ def recipe_lines(name: str, command: Command) -> list[str]:
 
 
 def main_scores(evaluation: Evaluation) -> Values:
-    """(4,) the mean ranks of the three ranking tasks, and the purity."""
+    """Return the mean ranks of the three ranking tasks and the purity, (4,)."""
     return np.array([np.nanmean(evaluation.per_paper[task]) for task in TASKS])
 
 
 def recipe_settings(name: str, command: Command, seed: int) -> Settings:
-    """The quickstart's settings with the recipe's differences."""
+    """Return the quickstart's settings with the recipe's differences."""
     paths = {
         "train_file": str(Path(command.data) / "train.jsonl"),
         "eval_file": str(Path(command.data) / "evaluation.jsonl"),
@@ -105,7 +105,7 @@ def recipe_settings(name: str, command: Command, seed: int) -> Settings:
 
 
 def starting_encoder(settings: Settings) -> "Encoder":
-    """The encoder that training starts from, used as the settings say."""
+    """Load the encoder that training starts from, with the usage in the settings."""
     from semcse.encoder import Usage
     from semcse.models import load_for_training
 

@@ -51,7 +51,7 @@ class Command:
 
 
 def average(categories: Mapping[str, float]) -> float:
-    """The mean of the four category scores, weighted 6 : 5 : 9 : 3; NaN if one of them is NaN."""
+    """Return the mean of the four scores, weighted 6 : 5 : 9 : 3; NaN if one of them is NaN."""
     scores = [WEIGHTS[name] * score for name, score in categories.items()]
     return sum(scores) / sum(WEIGHTS.values())
 
@@ -59,12 +59,12 @@ def average(categories: Mapping[str, float]) -> float:
 def category_scores(
     results: Mapping[str, Any], s2and: float | None = None
 ) -> tuple[dict[str, float], list[str]]:
-    """The mean over all tasks of each category.
+    """Compute the mean over all tasks of each category.
 
     Args:
-        results: task -> metric -> percent, or for a few-shot task {"complete": metrics,
+        results: Task -> metric -> percent, or for a few-shot task {"complete": metrics,
             "few_shot": [{"results": metrics}, ...]}.
-        s2and: score of the ninth proximity task; without it the mean is over the eight others.
+        s2and: Score of the ninth proximity task; without it the mean is over the eight others.
 
     Returns:
         Category -> score, NaN if a task has no score; and the names of the tasks without a score.
@@ -79,7 +79,7 @@ def category_scores(
 
 
 def task_score(results: Mapping[str, Any], task: str, metrics: list[str]) -> float:
-    """The mean over the metrics of a task; NaN if the task failed or a metric or run is missing.
+    """Return the mean over a task's metrics; NaN if the task failed or a metric or run is missing.
 
     For a few-shot task, it is the mean of the complete run and of the mean few-shot run.
     """

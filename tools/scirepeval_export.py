@@ -27,7 +27,7 @@ class Command:
 
     model: str  # recipe name, Hub id, or folder
     output: str  # new folder to write
-    trust_remote_code: bool = False  # allow a model to bring and run its own Python code
+    trust_remote_code: bool = False  # allow Python code that comes with a model to run
 
 
 def export_model(encoder: "Encoder", folder: Path) -> None:
