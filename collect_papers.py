@@ -1,7 +1,7 @@
 """Make a papers file from SciRepEval, SciDocs, any other Hub data set, or your own CSV, JSON,
 parquet or BibTeX file. The same command resumes a run that was interrupted.
 
-    python collect_papers.py --source scidocs --output data/scidocs.jsonl.gz
+    python collect_papers.py --source scidocs --output data/scidocs_papers.jsonl.gz
     python collect_papers.py --input library.csv --id DOI --title Title --output papers.jsonl
 """
 
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 TRAINING_CONFIGS = ("fos", "mesh_descriptors", "cite_prediction", "search")
 # The first of these columns that a row has is its id. `corpus_id` is the same in all tasks.
 ID_COLUMNS = {"scirepeval": ("corpus_id", "doc_id", "sha"), "scidocs": ("doc_id",)}
-# The top fields of the Microsoft Academic Graph, in the order of the labels of SciDocs
+# The top fields of the Microsoft Academic Graph, in the order of the labels of SciDocs.
 MAG_FIELDS = (
     "Art,Biology,Business,Chemistry,Computer science,Economics,Engineering,Environmental science,"
     "Geography,Geology,History,Materials science,Mathematics,Medicine,Philosophy,Physics,"
     "Political science,Psychology,Sociology"
 ).split(",")
-TITLE_WORDS = 4  # a shorter title may be in its abstract by chance (our choice)
+TITLE_WORDS = 4  # a shorter title may occur in its abstract by chance (our choice)
 CHECKPOINT_ROWS = 2_000  # number of rows between two checkpoints
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from semcse import command_line
 from semcse.generation import GenerationFlags, GenerationTask, generate_texts
 
-# The query of somebody who looks for the content of this paper and does not know the paper.
+# Somebody who looks for the content of this paper but does not know the paper types this query.
 SYSTEM = (
     "You write short search queries, as researchers type them into the search box of a library."
 )

@@ -41,7 +41,7 @@ UPLOADED = (
 ).split()
 FIX = "publish a model folder as main.py wrote it"
 TOLERANCE = 1e-5  # largest allowed difference, relative to max(1, largest absolute value)
-# Texts for the comparison of the libraries: each has another length, so that padding matters; one
+# Texts for the comparison of the libraries: each has a different length, so padding matters; one
 # has characters that tokenizers normalize differently; one is longer than any model reads.
 PROBES = [
     "Soil.",
@@ -59,7 +59,7 @@ class Command:
     repo_id: str = tyro.MISSING  # repository NAME/REPO; created if it does not exist
     private: bool = False  # create a private repository; refuse an existing public one
     dry_run: bool = False  # only write <run>/model_card.md and list the files; needs no token
-    license: str = ""  # licence of the model (apache-2.0, say); empty: the base model's
+    license: str = ""  # licence of the model, such as apache-2.0; empty: the base model's
     llm_license: str = ""  # licence of the summaries that a language model wrote; empty: unknown
 
 

@@ -56,7 +56,7 @@ class Settings:
     learning_rate: float = 2e-5  # highest learning rate of AdamW [A]
     weight_decay: float = 1e-4  # weight decay of AdamW [A]
     warmup_steps: int = 0  # steps in which the learning rate rises linearly [A]
-    decay: bool = False  # lower the learning rate linearly to 0 at max_steps [A: constant]
+    decay: bool = False  # lower the learning rate linearly to 0 at max_steps [A]
     clip_norm: float = 0.0  # largest gradient norm; 0: no clipping [A]
     start_share: float = 0.0  # share of the starting weights in the final average [ours]
     train_max_length: int = 128  # longer summaries are cut to this many tokens in training [A]
@@ -69,7 +69,7 @@ class Settings:
     log_every: int = 50  # steps between rows of metrics.jsonl [ours]
     seed: int = 0  # seed of batches, choice of summaries, dropout and bootstrap
     device: Device = "auto"  # auto: a CUDA GPU if there is one, else the CPU
-    precision: Precision = "auto"  # of training; auto: bf16 autocast if the hardware has it
+    precision: Precision = "auto"  # used in training; auto: bf16 autocast if the hardware has it
     resume: bool = False  # continue the unfinished run in the output folder
     overwrite: bool = False  # replace the run in the output folder
 
@@ -127,7 +127,7 @@ def parse_settings(args: Sequence[str] | None = None) -> Settings:
 
 
 def _find_profile(words: list[str]) -> Profile:
-    """Find the profile that a command line names: its block is the default of all other flags."""
+    """Find the profile that a command line names, which sets the defaults of all other flags."""
     found = Settings().profile
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")

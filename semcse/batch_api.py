@@ -157,7 +157,7 @@ class BatchRun(GenerationRun):
             cost = self.share * self.cost(*most_tokens(body))
             in_progress.add(key)
             reserved += cost
-            # the name says for which slots the answer is, and after how many rejections
+            # the name holds the slots of the answer and the number of rejections before it
             name = f"{key:016x}-{rejected:x}-{sum(1 << slot for slot in slots):x}"
             row = {"custom_id": name, "method": "POST", "url": ENDPOINT, "body": body}
             yield key, cost, json.dumps(row).encode() + b"\n"
@@ -215,9 +215,9 @@ class BatchRun(GenerationRun):
         faults = batch.errors.data or () if batch.errors else ()
         said = "; ".join(f"{fault.code}: {fault.message}" for fault in faults)
         if "token_limit_exceeded" not in said or size == 1:
-            what = f"a batch has {batch.status} at the server ({said[:300]})"
+            what = f"the status of a batch is {batch.status} ({said[:300]})"
             raise RunError(what, "fix that and run again to continue")
-        # the queue takes as many requests as are in it now, or half a file
+        # the queue has room for as many requests as are in it now, or try half a file
         self.room = len(self._in_progress()) or size // 2
         log.info("the server's queue is full; sending at most %d requests at a time", self.room)
 
@@ -257,7 +257,7 @@ class BatchRun(GenerationRun):
 
 
 def _read_line(line: bytes) -> tuple[llm.Answer, int, list[int]]:
-    """Return an answer, how many texts were rejected before it was requested, and its slots. Raises
+    """Return an answer, how many texts were rejected before it was requested, and its slots. Raise
     `Unanswered` if the line holds no answer.
     """
     try:

@@ -63,7 +63,7 @@ def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         try:
             return read(path)
         except RunError as error:
-            log.warning("%s; using the checkpoint before it, or else starting over", error.what)
+            log.warning("%s; using an older checkpoint, if there is one", error.what)
     return None
 
 

@@ -23,7 +23,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    remove(partial)  # a killed process with the same number may have left it
+    remove(partial)  # a killed process with the same id may have left it
     try:
         yield partial
         if partial.is_dir():
@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it exists."""
+    """Remove a file or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -98,7 +98,7 @@ class GenerationTask:
 
 
 def check_flags(flags: GenerationFlags) -> None:
-    """Raise a UserError that names a flag with which the run cannot work. Nothing is read yet."""
+    """Check the flags before anything is read. Raise a UserError that names the flag at fault."""
     for name, (low, high) in BOUNDS.items():
         if not low <= getattr(flags, name) <= high:
             flag = f"--{name.replace('_', '-')}"
@@ -213,7 +213,7 @@ class GenerationRun:
         async with self.pool as pool:
             for _ in range(self.flags.concurrency):
                 workers.append(asyncio.create_task(self._work(requests)))
-                await asyncio.sleep(0.0002)  # the first requests leave one after the other
+                await asyncio.sleep(0.0002)  # so that the first requests are sent one by one
             await self._show_progress(stop, workers)
             pool.stopping = True
             await asyncio.wait(workers, timeout=GRACE if stop.received else self.flags.timeout)

@@ -96,7 +96,7 @@ def translated_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def creating_clients() -> Iterator[str]:
-    """Yield the key for all servers, from OPENAI_API_KEY, to a block that creates clients. Raises a
+    """Yield the key for all servers, from OPENAI_API_KEY, to a block that creates clients. Raise a
     UserError if the key, a proxy variable or an address cannot be used.
     """
     logging.getLogger("openai").setLevel(logging.WARNING)  # it logs every retry

@@ -88,7 +88,7 @@ def eval_results(benchmark: Mapping[str, Any]) -> Iterator[hub.EvalResult]:
                     task_type="clustering" if task == "clustering" else "information-retrieval",
                     dataset_type="unknown",
                     dataset_name=Path(benchmark["eval_file"]).name,
-                    # Without this name the Hub takes three of the tasks for the same one.
+                    # Without this name, the Hub would merge three of the tasks into one.
                     dataset_config=task,
                     task_name=TASK_NAMES[task],
                     metric_type=key,

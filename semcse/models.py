@@ -108,7 +108,7 @@ def usage_of(
     Each field comes from the first of these places that has it:
 
     1. "flag": an argument of this function. It must not contradict the pooling or the metric in
-       semcse.json, for which the model was trained. On other models it is logged;
+       semcse.json, with which the model was trained. On other models a contradiction is logged;
     2. "semcse.json" in the model's folder, which training writes;
     3. "recipe", in recipes.toml;
     4. "sentence-transformers files" in the model's folder;
@@ -164,7 +164,7 @@ def load_model(
     Args:
         name: A recipe (`python semantic_benchmark.py --list-models` prints them), a model folder
             such as "runs/quickstart-euclidean/model", or a Hub id such as "allenai/specter".
-        pooling, metric, max_length: What to use instead of the model's own values (`usage_of`).
+        pooling, metric, max_length: Replace the model's own values (see `usage_of`).
         default: How to use a model about which nothing is known.
         device: "auto" takes a GPU if there is one.
         trust_remote_code: Whether to run Python code that comes with the model.

@@ -94,8 +94,8 @@ def read_bibtex(path: Path) -> Iterator[dict[str, str]]:
         text = handle.read()
 
     def handle_error(error: Exception) -> None:
-        # An undefined @string is an empty text. Any other @ outside of entries, as in an e-mail
-        # address, belongs to a comment.
+        # An undefined @string becomes an empty text. Any other @ outside of entries, such as in an
+        # e-mail address, belongs to a comment.
         start = parser.command_start
         is_entry = re.compile(r"@\w+\s*[{(]").match(text, start)
         if is_entry and not isinstance(error, bibtex.UndefinedMacro):

@@ -1,8 +1,7 @@
 """Bad input as data: lines, files and paths that are not papers, and papers that are strange but
 valid, each with the expected outcome.
 
-test_papers.py gives them to the papers reader, test_hostile.py to the scripts, and
-tools/torture.py counts them.
+test_papers.py gives them to the papers reader, test_hostile.py to the scripts.
 """
 
 from __future__ import annotations

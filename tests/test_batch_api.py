@@ -177,7 +177,7 @@ def test_a_batch_that_the_server_does_not_run_ends_the_run(
     with BatchServer() as server:
         server.end = "cancelled"
         done = generate(papers_file([bare(1)]), server.url, batch=True)
-        assert (done.code, "a batch has cancelled" in done.error) == (1, True)
+        assert (done.code, "the status of a batch is cancelled" in done.error) == (1, True)
         assert len(done.rows(".journal.jsonl")) == 4
         source = papers_file([bare(2)], "more.jsonl")
         server.queue = 0

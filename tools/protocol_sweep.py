@@ -56,8 +56,8 @@ def implied_pool(mean_rank: float, pool: int, published: float) -> float | None:
     """Return the pool size at which a model is expected to have its published mean rank.
 
     In a random part of n of the N candidates of a pool, the expected mean rank is
-    1 + (mean rank - 1) * (n - 1) / (N - 1), which is solved for n here. Returns None for the mean
-    rank 1, which stays 1 in every pool.
+    1 + (mean rank - 1) * (n - 1) / (N - 1), which is solved for n here. The result is None for
+    the mean rank 1, which stays 1 in every pool.
     """
     return 1 + (published - 1) * (pool - 1) / (mean_rank - 1) if mean_rank > 1 else None
 
@@ -67,8 +67,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Compare a model with its published scores (task -> main score).
 
-    Returns the implied pool sizes of the ranking tasks in `tasks`, the purity for each k, and the
-    k whose purity is closest to the published one.
+    Returns:
+        The implied pool sizes of the ranking tasks in `tasks`, the purity for each k, and the k
+        whose purity is closest to the published one.
     """
     evaluation = evaluate(encoder, papers, 0, encoder.name)
     fields, metric, pools, purity = [paper.field for paper in papers], encoder.usage.metric, {}, {}
