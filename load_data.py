@@ -108,7 +108,7 @@ def batch_pairs(
         papers: The training papers, each with at least two summaries.
         seed: Seed of the shuffle and of the choice of summaries.
         step: Number of the training step, from 0.
-        batch_size: Number of papers in a batch.
+        batch_size: Number of papers in a batch; it has fewer if one is drawn twice.
         joined_share: Share of the pairs whose positive is all other summaries of the paper,
             joined into one text, in [0, 1].
 

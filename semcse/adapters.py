@@ -94,7 +94,7 @@ def select_task(encoder: Encoder, task: str) -> None:
     """Use a model's LoRA adapter for `task` on every text, as Jina v3's model card does."""
     number = getattr(encoder.model, "_adaptation_map", {}).get(task)
     if number is None:
-        raise UserError(f"{encoder.name} has no adapter for {task}", "use its authors' files")
+        raise UserError(f"{encoder.name} has no adapter for {task}", "use the files of its authors")
 
     def add_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]

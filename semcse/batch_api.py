@@ -36,7 +36,7 @@ ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
 
 class BatchRun(GenerationRun):
-    """One run of a task with batches."""
+    """One run of a task that sends its requests in batches."""
 
     def connect(self) -> None:
         """Check that the server has a Batch API and that the batches in progress belong to this
@@ -52,7 +52,7 @@ class BatchRun(GenerationRun):
                 self.api.batches.list(limit=1)
         except (llm.Unanswered, RunError) as error:
             what = f"--base-url {url} has no Batch API ({error})"
-            raise UserError(what, "check the address and the key, or leave --batch out") from None
+            raise UserError(what, "check the address and the key, or run without --batch") from None
         self.path = Path(f"{self.flags.output}.batches.jsonl")
         self.room = sys.maxsize  # how many requests the server accepts at a time
         self.rejected_before = Counter(self.answers.rejected)  # key -> rejections in earlier runs

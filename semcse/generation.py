@@ -164,7 +164,7 @@ class PendingPaper:
 
 
 class GenerationRun:
-    """One run of a task with single requests."""
+    """One run of a task that sends each request by itself (BatchRun sends files of requests)."""
 
     def __init__(
         self, flags: GenerationFlags, task: GenerationTask, answers: "AnswerJournal"
@@ -345,10 +345,8 @@ class GenerationRun:
 
     def report(self) -> None:
         """Log what this run did, and write it next to the output."""
-        system, flags = (
-            self.task.system,
-            "model temperature top_p max_tokens attempts concurrency batch".split(),
-        )
+        system = self.task.system
+        flags = "model temperature top_p max_tokens attempts concurrency batch".split()
         report = {
             **self.count,
             "rejected": dict(self.rejected.most_common()),

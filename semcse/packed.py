@@ -67,7 +67,7 @@ def supports(model: Any) -> bool:
 
 
 def padded_length(length: int) -> int:
-    """Round the length of a text up to a multiple of 8 tokens, or of 4 if it has less than 32."""
+    """Round the length of a text up to a multiple of 8 tokens, or of 4 below 32 tokens."""
     multiple = 8 if length >= 32 else 4
     return math.ceil(length / multiple) * multiple
 

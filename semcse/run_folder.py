@@ -52,7 +52,7 @@ class RunFolder:
             if not self._mark.exists():
                 raise UserError(f"{self.path}: holds no unfinished run", "leave --resume out")
             self._refuse_changes(files.read_json(self._record), settings, facts)
-            # A killed process left these; nobody else writes in this folder.
+            # A killed process left these. No other process writes in this folder.
             for leftover in list(self.path.rglob(".*.partial")):
                 files.remove(leftover)
             return
