@@ -57,9 +57,7 @@ def main() -> None:
     """Parse the command line and generate the summaries."""
     command = command_line.parse_command_line(Command, None, Command())
     if command.summaries_per_abstract < 2:
-        raise UserError(
-            "--summaries-per-abstract is out of range", "give at least 2, to make pairs"
-        )
+        raise UserError("--summaries-per-abstract is out of range", "give at least 2")
     command_line.log_to_stderr()
     task = GenerationTask(
         key="summaries",

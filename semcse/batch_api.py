@@ -3,8 +3,8 @@ answers them within a day.
 
 Prompts, quality gate, journal and outputs are those of generation.py. What is in progress is noted
 in `<output>.batches.jsonl`. A batch costs money as soon as it is created, so its file is uploaded
-and noted first, and a batch is created only if the server lists none of that file. A batch whose
-creation response was lost (the run was killed, the connection broke) is found again that way.
+and noted first, and a batch is created only if the server lists no batch of that file. This
+also finds a batch whose creation response was lost (by a kill or a broken connection).
 Memory holds the requests or the answers of one batch.
 """
 
