@@ -35,7 +35,7 @@ class Command:
     vectors: str = ""  # .npy or .parquet file that embed_papers.py wrote
     query: tuple[str, ...] = ()  # text to search for; may be repeated
     queries: str = ""  # file with one query text per line; "-" for standard input
-    id: tuple[str, ...] = ()  # id of a paper whose nearest papers are searched; may be repeated
+    id: tuple[str, ...] = ()  # id of a paper; finds the other papers nearest to it; may be repeated
     k: Annotated[int, arg(aliases=("-k",))] = 10  # number of papers per query
     json: bool = False  # print one JSON object per neighbour instead of tables
     model: str = ""  # path of the model, if it is not the one in VECTORS.json

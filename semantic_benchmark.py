@@ -177,7 +177,7 @@ def clustering(
 
     Args:
         abstracts: (papers, d) float32 vectors.
-        fields: (papers,) Names of fields. Papers with a blank name are left out.
+        fields: (papers,) names of fields. Papers with a blank name are left out.
     """
     import torch
 
@@ -246,7 +246,7 @@ def describe(
 
 
 def read_evaluation_papers(path: str, skip_invalid: bool = False) -> list[Paper]:
-    """Read at least two papers, all with title and abstract."""
+    """Read an evaluation file, which must hold at least two papers with title and abstract."""
     papers = list(read_papers(path, ("title", "abstract"), skip_invalid))
     if len(papers) < 2:
         raise UserError(f"{path}: holds one paper only", "give a file with at least two papers")

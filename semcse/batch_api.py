@@ -89,20 +89,20 @@ class BatchRun(GenerationRun):
 
     async def _poll(self, stop: StopSignal, bar: "tqdm[Any]") -> None:
         """Submit and collect until nothing is in progress or the run must stop."""
-        news, faults_in_a_row = True, 0
+        ready_to_submit, faults_in_a_row = True, 0
         while not stop.received:
             try:
-                if news:
+                if ready_to_submit:
                     self._submit(stop)
                 if not self.uploads:
                     return
                 for _ in range(100):
                     await asyncio.sleep(0 if stop.received else POLL / 100)
                 if not stop.received:
-                    news, faults_in_a_row = self._collect_ended(bar), 0
+                    ready_to_submit, faults_in_a_row = self._collect_ended(bar), 0
             except llm.Unanswered as fault:
                 self.faults[fault.reason] += 1
-                news, faults_in_a_row = True, faults_in_a_row + 1
+                ready_to_submit, faults_in_a_row = True, faults_in_a_row + 1
                 if faults_in_a_row > self.flags.retries or fault.permanent:
                     what = f"the server does not accept or answer requests ({fault.reason})"
                     raise RunError(what, "fix that and run again to continue") from None
@@ -213,9 +213,9 @@ class BatchRun(GenerationRun):
         size. Raise a RunError if the server did not run the batch for another reason.
         """
         faults = batch.errors.data or () if batch.errors else ()
-        said = "; ".join(f"{fault.code}: {fault.message}" for fault in faults)
-        if "token_limit_exceeded" not in said or size == 1:
-            what = f"the status of a batch is {batch.status} ({said[:300]})"
+        reasons = "; ".join(f"{fault.code}: {fault.message}" for fault in faults)
+        if "token_limit_exceeded" not in reasons or size == 1:
+            what = f"the status of a batch is {batch.status} ({reasons[:300]})"
             raise RunError(what, "fix that and run again to continue")
         # the queue has room for as many requests as are in it now, or try half a file
         self.room = len(self._in_progress()) or size // 2

@@ -94,7 +94,7 @@ class ProcessGroup:
         except RuntimeError as error:  # gloo, NCCL and the store raise many kinds
             reason = str(error)[:150]
             what = f"process {self.rank} of {self.size} lost contact with another ({reason})"
-            fix = "find out why it ended, and --resume with the same number of processes"
+            fix = "find out why it ended, and continue with --resume and as many processes"
             raise RunError(what, fix) from None
 
 

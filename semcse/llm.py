@@ -68,8 +68,8 @@ def status_error(status: int, message: object) -> Unanswered | RunError:
         return RunError(what, "check --base-url (most end in /v1) and --model, and run again")
     if status in (408, 409, 425, 429) or status >= 500:
         return Unanswered(f"HTTP {status}")
-    said = " ".join(without_secrets(str(message)).split())
-    return Unanswered(f"HTTP {status}: {said[:200]}", permanent=True)
+    text = " ".join(without_secrets(str(message)).split())
+    return Unanswered(f"HTTP {status}: {text[:200]}", permanent=True)
 
 
 def connection_fault(error: BaseException) -> str:

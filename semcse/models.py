@@ -157,7 +157,7 @@ def load_model(
     device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Load any model that turns texts into vectors, and use it as its authors or its training do.
+    """Load any model that turns texts into vectors, with the usage of its authors or its training.
 
     The encoder's `usage` says how it is used, and its `origins` where this was read.
 

@@ -16,7 +16,7 @@ TASKS = ("title_abstract", "abstract_segments", "query", "clustering")
 
 
 def main_score(task: str) -> str:
-    """Return the score for tables: "purity" (higher is better) or "mean_rank" (lower is better)."""
+    """Return a task's main score: "purity" (higher is better) or "mean_rank" (lower is better)."""
     return "purity" if task == "clustering" else "mean_rank"
 
 

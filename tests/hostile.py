@@ -1,7 +1,7 @@
 """Bad input as data: lines, files and paths that are not papers, and papers that are strange but
 valid, each with the expected outcome.
 
-test_papers.py gives them to the papers reader, test_hostile.py to the scripts.
+test_papers.py gives them to the papers reader, and test_hostile.py to the scripts.
 """
 
 from __future__ import annotations
