@@ -22,12 +22,10 @@ import huggingface_hub as hub  # imports its parts when they are first used
 import numpy as np
 import tyro
 
-from semantic_benchmark import perf_scores
 from semcse import command_line, files
 from semcse.errors import RunError, UserError
 from semcse.model_card import card_facts, card_text, is_hub_id, model_card
-from semcse.report import Run, read_run
-from semcse.tables import ROWS, TASKS, main_score
+from semcse.report import read_run
 from settings import Settings
 
 log = logging.getLogger(__name__)
@@ -61,19 +59,6 @@ class Command:
     dry_run: bool = False  # only write <run>/model_card.md and list the files; needs no token
     license: str = ""  # licence of the model, such as apache-2.0; empty: the base model's
     llm_license: str = ""  # licence of the summaries that a language model wrote; empty: unknown
-
-
-def perf_of_rows(run: Run) -> dict[str, float | None]:
-    """Return the Perf of each row of the card's table; {} if a task has no data, or if two rows are
-    equal because the recipe uses the model in the same way.
-    """
-    scores = {
-        ROWS[stem]: {task: result["tasks"][task][main_score(task)] for task in TASKS}
-        for stem, result in run.results.items()
-    }
-    perf = perf_scores(scores)
-    distinct = {tuple(row.values()) for row in scores.values()}
-    return perf if None not in perf.values() and len(distinct) == len(ROWS) else {}
 
 
 def files_to_upload(model: Path, facts: Mapping[str, Any], card: str) -> dict[str, Path | bytes]:
@@ -146,7 +131,7 @@ def publish(command: Command) -> None:
         run, model = read_run(folder), folder / "model"
         sample = run.facts["settings"]["train_file"] == Settings.train_file
         licences = {"license": command.license, "llm_license": command.llm_license}
-        facts = card_facts(run, perf=perf_of_rows(run), sample=sample, **licences)
+        facts = card_facts(run, sample=sample, **licences)
         card = model_card(facts, command.repo_id)
         chosen = files_to_upload(model, facts, card)
         check_vectors(model, card_text(facts, str(model), PROBES))

@@ -42,7 +42,7 @@ from semcse.distributed import SINGLE_PROCESS, ProcessGroup
 from semcse.encoder import Encoder, uses_bf16
 from semcse.errors import RunError, memory_named
 from semcse.files import Journal
-from semcse.packed import split_by_tokens
+from semcse.packed import split_by_tokens, use_fast_dropout
 from semcse.papers import Paper
 from semcse.types import Metric
 from settings import Loss, Settings
@@ -244,6 +244,7 @@ class Trainer:
         self.loss: Callable[..., BatchLoss] = partial(contrastive_loss, **options)
         self.max_length = min(settings.train_max_length, encoder.usage.max_length)
         self.bf16 = uses_bf16(settings.precision, encoder.device)
+        use_fast_dropout(encoder.model)
         torch.manual_seed(settings.seed + group.rank)  # dropout differs between processes
         arithmetic = "bf16 autocast" if self.bf16 else "float32"
         epoch = steps_per_epoch(papers, settings.batch_size)

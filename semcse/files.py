@@ -27,7 +27,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if partial.is_dir():
-            replace_folder(partial, path)
+            old = path.with_name(f".{path.name}.old")
+            remove(old)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            remove(old)
         else:
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -48,16 +53,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Move the folder `new` to `path`, and remove the folder that was there."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        remove(old)
-        path.rename(old)
-    new.rename(path)
-    remove(old)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,15 +36,15 @@ def public_name(name: str) -> str:
 def card_facts(run: Run, **more: Any) -> dict[str, Any]:
     """Return what the card's template needs, except the model's name and the example texts.
 
-    `more` holds `perf` (row of the table -> Perf, or empty), `sample` (whether the run was trained
-    on the sample papers), `license` and `llm_license` (empty if unknown).
+    `more` holds `sample` (whether the run was trained on the sample papers), `license` and
+    `llm_license` (empty if unknown).
     """
     benchmark = run.results["benchmark"]
     rows = {ROWS[stem]: result for stem, result in run.results.items()}
     facts = {
         "run": run,
         "rows": ROWS,
-        "table": table_lines(rows, more["perf"]),
+        "table": table_lines(rows),
         "notes": notes_on(benchmark | {"eval_file": code(Path(benchmark["eval_file"]).name)}),
     }
     return facts | _base_model(run) | _training_data(run) | more

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
@@ -27,6 +27,29 @@ BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel")
 # The array is padded to a multiple of this many tokens. On a CPU, oneDNN keeps compiled code for
 # every shape: without this padding, MiniLM takes 200 MiB more after 40 training steps.
 TOTAL_MULTIPLE = 64
+
+
+class FastDropout(nn.Dropout):
+    """Dropout that draws 16 random bits for each element, for training in bf16 on a CPU.
+
+    PyTorch draws a double for each, which takes a tenth of the time of a training step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of a tensor of any shape; other types and devices take PyTorch's way."""
+        if not self.training or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform from -2^15 to 2^15 - 1
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return x * kept.to(x.dtype).div_(1 - self.p)
+
+
+def use_fast_dropout(model: nn.Module) -> None:
+    """Turn all dropout layers of a model into FastDropout."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,38 @@ def test_other_models_take_their_own_forward_pass() -> None:
         transformers.ModernBertModel(modern),
     ):
         assert not packed.supports(model)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_fast_dropout_drops_the_right_share_and_scales_the_rest(p: float) -> None:
+    """The mean of a sample of 2^20 elements lies within five standard deviations, in bf16."""
+    torch.manual_seed(0)
+    x = torch.ones(2**10, 2**10, dtype=torch.bfloat16, requires_grad=True)
+    dropped = packed.FastDropout(p)(x)
+    kept = dropped != 0
+    assert abs(kept.float().mean().item() - (1 - p)) <= 5 * (p * (1 - p)) ** 0.5 / 2**10
+    scale = torch.tensor(1.0, dtype=torch.bfloat16).div(1 - p)
+    assert bool((dropped[kept] == scale).all())
+    dropped.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.equal(x.grad, dropped.detach())  # x is 1: the gradient is the same mask
+
+
+def test_fast_dropout_is_torchs_own_elsewhere() -> None:
+    layer, x = packed.FastDropout(0.3), torch.randn(50, 40)
+    torch.manual_seed(3)
+    expected = torch.nn.functional.dropout(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), expected)
+    half = x.bfloat16()
+    assert torch.equal(layer.eval()(half), half)
+
+
+def test_use_fast_dropout_turns_every_dropout_layer(tiny_bert: Path) -> None:
+    model: Any = transformers.AutoModel.from_pretrained(tiny_bert)
+    before = [type(module) for module in model.modules()].count(torch.nn.Dropout)
+    packed.use_fast_dropout(model)
+    kinds = [type(module) for module in model.modules()]
+    assert before > 0
+    assert kinds.count(packed.FastDropout) == before
+    assert torch.nn.Dropout not in kinds

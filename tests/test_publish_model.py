@@ -194,7 +194,6 @@ def test_the_text_agrees_with_the_files_of_the_run(run: Path, trained: Path) -> 
         assert words in card
     assert "demonstration" not in card
     assert str(trained.parent) not in card
-    assert "Perf" not in card  # two rows are the same, because the encoder has no recipe
 
 
 def test_the_citation_is_that_of_the_repository(run: Path) -> None:
@@ -205,22 +204,11 @@ def test_the_citation_is_that_of_the_repository(run: Path) -> None:
             assert value in bibtex
 
 
-def test_perf_is_shown_where_it_is_defined(run: Path) -> None:
-    for stem, rank, purity in (("before", 4, 0.2), ("benchmark", 3, 0.3), ("recipe", 1, 0.4)):
-        old = files.read_json(run / f"{stem}.json")["tasks"]
-        new = {task: {main_score(task): float(rank)} for task in TASKS}
-        new["clustering"] = {"purity": purity}
-        change_tasks(run, stem, **{task: old[task] | new[task] for task in TASKS})
-    rows = table_rows(card_of(run))
-    # Ranks: best 1, median 3. Purity: best 0.4, median 0.3. The first row has 0.25 in each rank.
-    for row, perf in (("", "Perf"), ("before", 0.75 / 4), ("benchmark", 0.5), ("recipe", 1.0)):
-        shown = rows[ROWS.get(row, row)].split("|")[-2].strip()
-        assert shown == (perf if isinstance(perf, str) else f"{perf:.3f}")
+def test_a_task_without_data_is_said_on_the_card(run: Path) -> None:
     reason = "no paper has the text this task needs"
     for stem in ROWS:
         change_tasks(run, stem, query={"mean_rank": None, "reason": reason})
     card = card_of(run)
-    assert "Perf" not in card
     assert "query: no data" in card
     with_scores = {one.dataset_config for one in ModelCard(card).data["eval_results"]}
     assert with_scores == set(TASKS) - {"query"}
