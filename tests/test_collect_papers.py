@@ -479,8 +479,8 @@ def test_a_gzipped_output_depends_only_on_its_papers(
 BAD_INPUTS = [  # (flags, what the error line says); "--output out.jsonl" comes first
     ("--output= --input good.jsonl", "--output does not name a file"),
     ("--output owner --input good.jsonl", "--output does not name a file"),
-    ("", "either --source or --input"),
-    ("--source scidocs --input good.jsonl", "either --source or --input"),
+    ("", "--source and --input are both given or both missing"),
+    ("--source scidocs --input good.jsonl", "--source and --input are both given or both missing"),
     ("--input none.csv", "none.csv: no such file"),
     ("--input notes.docx", "notes.docx: no such file, or not of a kind"),
     ("--input good.jsonl --exclude none.jsonl", "none.jsonl: no such file"),

@@ -281,6 +281,7 @@ class Process:
         return self.child.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_equals_a_run_without_a_break(
     tiny_bert: Path, world: Path
 ) -> None:

@@ -307,7 +307,7 @@ def test_a_notebook_in_the_repository_finds_load_model() -> None:
     assert run_script("-c", code).stdout == "True False\n"
     assert semcse.load_model is load_model
     text = pydoc.plain(pydoc.render_doc(load_model))
-    assert "load_model(name: 'str'" in text
+    assert "load_model(name: str" in text
     assert 'encoder = load_model("all-MiniLM-L6-v2")' in text
 
 

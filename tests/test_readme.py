@@ -87,6 +87,7 @@ def test_command_that_needs_more_is_understood(command: str) -> None:
     assert all(re.search(rf"{word}\b", known) for word in words if word.startswith("--"))
 
 
+@pytest.mark.slow
 def test_the_pipeline_from_papers_to_a_benchmark_with_a_language_model(workspace: Path) -> None:
     """The commands of "Your own summaries and queries, offline", in their order, with a fake
     server in place of that of `make local-llm`.

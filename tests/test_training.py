@@ -660,10 +660,6 @@ def test_torn_checkpoints_are_named_and_passed_over(
     )
     assert "resumed from step 0" in caplog.messages
     assert any(message.startswith(f"{older}: ") for message in caplog.messages)
-    assert any(
-        "every checkpoint is damaged; training starts over" in message
-        for message in caplog.messages
-    )
     assert [path.name for path in sorted(older.parent.iterdir())] == ["step-00000005.safetensors"]
     check_resumed(tiny_bert, tmp_path, caplog, whole_run, 5)
 
