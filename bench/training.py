@@ -248,7 +248,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
         32,
         2 if quick else 6,
         2 if quick else 3,
-        {"train_minilm_vs_st_bf16": (True, None, 1.3), "train_minilm_vs_st": (False, None, 2.0)},
+        {"train_minilm_vs_st_bf16": (True, None, 1.5), "train_minilm_vs_st": (False, None, 2.0)},
     )
     found += cached(str(find_model(MINILM)), 64, (2, 4), 1 if quick else 3, 2 if quick else 3)
     with tempfile.TemporaryDirectory() as scratch:
