@@ -50,6 +50,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_p": (0.001, 1),
     "timeout": (0.001, 1e6),
+    "max_cost": (0, math.inf),
     **dict.fromkeys(("max_tokens", "attempts"), (1, 1e6)),
     **dict.fromkeys(("retries", "price_in", "price_out"), (0, 1e6)),
 }

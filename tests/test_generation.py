@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import random
 import signal
@@ -411,6 +412,8 @@ def test_two_runs_at_once_on_one_output_are_refused(
     [
         ({"concurrency": 0}, "--concurrency"),
         ({"top_p": 0}, "--top-p"),
+        ({"max_cost": math.nan, "price_in": 1.0}, "--max-cost"),
+        ({"max_cost": -1.0, "price_in": 1.0}, "--max-cost"),
         ({"temperature": "nan"}, "--temperature"),
         ({"timeout": 0}, "--timeout"),
         ({"attempts": 0}, "--attempts"),
