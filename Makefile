@@ -26,7 +26,7 @@ test: .venv  ## install, then check format, lint and types, and run the tests
 	$(BIN)/pytest -n 2
 
 # TRIALS=30 harms as many runs of each kind as docs/reliability.md counts.
-test-slow: .venv  ## run the slow tests (about 15 minutes), such as killed runs and full disks
+test-slow: .venv  ## run the slow tests (minutes), such as killed runs and full disks
 	$(BIN)/pytest -n 2 -m slow
 
 # The server has a separate environment, because it needs web-server packages.
