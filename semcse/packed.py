@@ -32,11 +32,11 @@ TOTAL_MULTIPLE = 64
 class FastDropout(nn.Dropout):
     """Dropout that draws 16 random bits for each element, for training in bf16 on a CPU.
 
-    PyTorch draws a double for each, which takes a tenth of the time of a training step.
+    PyTorch draws a double for each, with which a training step of MiniLM takes 5% longer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop elements of a tensor of any shape; other types and devices take PyTorch's way."""
+        """Drop elements of a tensor of any shape; PyTorch does it for other types and devices."""
         if not self.training or x.device.type != "cpu" or x.dtype != torch.bfloat16:
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
